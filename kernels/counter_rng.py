@@ -1,0 +1,67 @@
+"""Counter-based random numbers: a value depends on (key, place, index) alone.
+
+Masks, crops, mixing weights and DropPath are drawn from here, so that a sample meets the same chance on one rank or
+on eight, in one micro-batch or in four, in a first and in a resumed run, on a CPU and on a GPU.
+
+Source: the finaliser of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA
+2014), stated in wrapping int64 operations, which torch and Triton compute alike.
+
+Shape suffixes: B = samples, N = numbers per sample.
+"""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_WORD = 1 << 64
+_GOLDEN = 0x9E3779B97F4A7C15
+_MUL_1 = 0xBF58476D1CE4E5B9
+_MUL_2 = 0x94D049BB133111EB
+
+
+def _signed(word: int) -> int:
+    """Return the int64 with the bits of an unsigned 64-bit word."""
+    word %= _WORD
+    return word - _WORD if word >= _WORD // 2 else word
+
+
+def _mix_int(word: int) -> int:
+    word %= _WORD
+    word = (word ^ (word >> 30)) * _MUL_1 % _WORD
+    word = (word ^ (word >> 27)) * _MUL_2 % _WORD
+    return word ^ (word >> 31)
+
+
+def _mix(word: Tensor) -> Tensor:
+    """Apply the splitmix64 finaliser; int64 shifts are arithmetic, so the sign bits are masked off."""
+    word = (word ^ ((word >> 30) & 0x3FFFFFFFF)) * _signed(_MUL_1)
+    word = (word ^ ((word >> 27) & 0x1FFFFFFFFF)) * _signed(_MUL_2)
+    return word ^ ((word >> 31) & 0x1FFFFFFFF)
+
+
+def stream_key(seed: int, *parts: int | str) -> int:
+    """Return the int64 key of one stream of random numbers, such as (seed, "mask", stage, epoch)."""
+    word = _mix_int(seed + _GOLDEN)
+    for part in parts:
+        number = zlib.crc32(part.encode()) if isinstance(part, str) else part
+        word = _mix_int(word + _GOLDEN * (number + 1))
+    return _signed(word)
+
+
+def random_bits(key: int, place_B: Tensor, num: int) -> Tensor:
+    """Return int64 [B, num]: 64 random bits for each index of each place.
+
+    Args:
+        key: from `stream_key`.
+        place_B: int64, the samples' places in the global order, at least 0.
+        num: numbers per sample.
+    """
+    index_N = torch.arange(1, num + 1, device=place_B.device, dtype=torch.int64)
+    state_B = _mix(place_B * _signed(_GOLDEN) + key)
+    return _mix(state_B[:, None] + index_N * _signed(_GOLDEN))
+
+
+def uniform(key: int, place_B: Tensor, num: int) -> Tensor:
+    """Return fp32 [B, num], uniform in [0, 1) on a grid of 2**-24; arguments as `random_bits`."""
+    return ((random_bits(key, place_B, num) >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24

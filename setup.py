@@ -1,0 +1,58 @@
+"""Install engine/, kernels/, sharding/ and bench/ under the single import root ``mnemos``.
+
+The folders sit at the top of the repository, but their bare names are not ours to take:
+PyPI's ``kernels`` (Hugging Face, imported by transformers) and ``sharding`` already own
+them. So each folder is mapped to ``mnemos.<folder>``; nothing here installs a bare name.
+"""
+
+from setuptools import find_namespace_packages, setup
+
+IMPORT_ROOT = "mnemos"
+LAYERS = ("engine", "kernels", "sharding", "bench")
+
+
+def layer_packages(layer: str) -> list[str]:
+    """Return ``mnemos.<layer>`` and every package below it."""
+    below = find_namespace_packages(layer, exclude=["*__pycache__*", "results*"])
+    return [f"{IMPORT_ROOT}.{layer}", *(f"{IMPORT_ROOT}.{layer}.{name}" for name in below)]
+
+
+TEST = ["pytest>=8"]
+
+setup(
+    name="mnemos",
+    version="0.1.0",
+    description="Continual self-supervised pre-training of one encoder on medical text, images and volumes",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[package for layer in LAYERS for package in layer_packages(layer)],
+    package_dir={f"{IMPORT_ROOT}.{layer}": layer for layer in LAYERS},
+    package_data={f"{IMPORT_ROOT}.{layer}": ["py.typed"] for layer in LAYERS},
+    install_requires=[
+        "torch>=2.11,<2.14",  # 2.13.0 is the newest release in this range
+        "triton>=3.6,<3.8; platform_system == 'Linux'",
+        "deepspeed>=0.19.8,<0.20",
+        "webdataset>=1.0.2,<2",
+        "numpy>=2",
+        "pydantic>=2",
+        "PyYAML>=6",
+        "tqdm>=4.66",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "tensorboard>=2.18",
+        "scikit-learn>=1.5",  # k-means on a CPU; cuML takes over on a GPU (extra "gpu")
+        "simplejpeg>=1.8",
+        "blosc2>=3",
+        "Pillow>=11",
+        "nibabel>=5.3",
+        "pydicom>=3.0.2",  # 3.0.1 and earlier: path traversal through DICOMDIR, CVE-2026-32711
+        "pylibjpeg-openjpeg>=2.4",
+        "pylibjpeg-rle>=2.1",
+        "pyjpegls>=1.5",
+    ],
+    extras_require={
+        "gpu": ["xformers>=0.0.35", "cupy-cuda13x>=14", "cuml-cu13>=26.10"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm", "build"],
+    },
+)

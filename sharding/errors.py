@@ -1,0 +1,25 @@
+"""The two kinds of mistakes the data side reports in one sentence instead of a traceback."""
+
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """What the user gave cannot be used: a flag, a path, a file of the wrong kind.
+
+    The message says what came, what is allowed and what to do. Command lines print it alone and exit 2.
+    """
+
+
+class DataError(ValueError):
+    """One sample (or one shard) is broken: unreadable, truncated, of the wrong size.
+
+    Args:
+        reason: what is wrong, as a sentence without the address.
+        source: the file or shard it was found in.
+        key: the sample's key inside a shard; empty for a source file.
+    """
+
+    def __init__(self, reason: str, *, source: Path | str = "", key: str = "") -> None:
+        address = ":".join(part for part in (str(source), key) if part)
+        super().__init__(f"{address}: {reason}" if address else reason)
+        self.reason = reason
