@@ -17,7 +17,9 @@ def layer_packages(layer: str) -> list[str]:
     return [f"{IMPORT_ROOT}.{layer}", *(f"{IMPORT_ROOT}.{layer}.{name}" for name in below)]
 
 
-TEST = ["pytest>=8"]
+# data files that are part of a layer; a test compares the wheel with the tree
+DATA = ["py.typed", "*.json", "*.yaml", "*.sh", "*.sbatch"]
+TEST = ["pytest>=8", "setuptools>=70.1"]  # setuptools: tests/test_packaging.py builds the wheel
 
 setup(
     name="mnemos",
@@ -27,7 +29,7 @@ setup(
     python_requires=">=3.11",
     packages=[package for layer in LAYERS for package in layer_packages(layer)],
     package_dir={f"{IMPORT_ROOT}.{layer}": layer for layer in LAYERS},
-    package_data={f"{IMPORT_ROOT}.{layer}": ["py.typed"] for layer in LAYERS},
+    package_data={"": DATA},
     install_requires=[
         "torch>=2.11,<2.14",  # 2.13.0 is the newest release in this range
         "triton>=3.6,<3.8; platform_system == 'Linux'",
@@ -41,6 +43,8 @@ setup(
         "tokenizers>=0.22",
         "tensorboard>=2.18",
         "scikit-learn>=1.5",  # k-means on a CPU; cuML takes over on a GPU (extra "gpu")
+        "threadpoolctl>=3",
+        "psutil>=6",
         "simplejpeg>=1.8",
         "blosc2>=3",
         "Pillow>=11",
@@ -53,6 +57,7 @@ setup(
     extras_require={
         "gpu": ["xformers>=0.0.35", "cupy-cuda13x>=14", "cuml-cu13>=26.10"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.14", "mypy>=1.18", "types-PyYAML", "types-tqdm", "build"],
+        # one minor release of each: another one finds other things in the same source
+        "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML", "types-tqdm"],
     },
 )

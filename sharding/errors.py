@@ -23,3 +23,10 @@ class DataError(ValueError):
         address = ":".join(part for part in (str(source), key) if part)
         super().__init__(f"{address}: {reason}" if address else reason)
         self.reason = reason
+
+
+class LeftOut(ValueError):
+    """A sound file that is left out on purpose, counted apart from the broken ones.
+
+    The message is a reason without any name in it, because it is counted in the manifest.
+    """

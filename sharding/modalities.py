@@ -19,10 +19,12 @@ class Modality:
         title: as reports and plots print it.
         kind: text (1D), image (2D) or volume (3D).
         channels: 1 grey, 3 RGB; 0 for text.
-        values: how stored values become model values. "unit": uint8 / 255. "hounsfield": int16 HU / 1024, clipped to
-            +-1024. "zscore": int16, clipped to the 0.2 and 99.8 percentiles, scale and shift kept per sample.
-        augment: what the pretext task does to a training sample on the device. "crop": random resized crop and
-            horizontal flip; "mirror": each axis with probability one half, in half of the samples; "none".
+        values: how stored values become model values. "unit": uint8 / 255. "hounsfield": int16 HU / 1024,
+            clipped to +-1024. "zscore": int16, clipped to the 0.2 and 99.8 percentiles, scale and shift kept
+            per sample.
+        augment: what the pretext task does to a training sample on the device. "crop": random resized crop
+            and horizontal flip; "mirror": each axis with probability one half, in half of the samples;
+            "none".
     """
 
     name: str
@@ -40,7 +42,9 @@ MODALITIES = {
         Modality(name="xray", title="X-ray", kind="image", channels=1, values="unit", augment="crop"),
         Modality(name="ct", title="CT", kind="volume", channels=1, values="hounsfield", augment="mirror"),
         Modality(name="mri", title="MRI", kind="volume", channels=1, values="zscore", augment="mirror"),
-        Modality(name="pathology", title="Pathology", kind="image", channels=3, values="unit", augment="crop"),
+        Modality(
+            name="pathology", title="Pathology", kind="image", channels=3, values="unit", augment="crop"
+        ),
     )
 }
 DEFAULT_ORDER = tuple(MODALITIES)  # the paper's order of stages: Ye et al., CVPR 2024
@@ -89,4 +93,10 @@ STORED_SIZES = {
     "huge": _PAPER,
     "giant": _PAPER,
     "official": _PAPER,
+}
+
+DICOM_TYPES = {  # what a DICOM file's Modality field may say; a modality not named here takes any
+    "xray": ("CR", "DX", "RG", "PX", "OT"),
+    "ct": ("CT",),
+    "mri": ("MR",),
 }

@@ -1,0 +1,260 @@
+"""What is to be done: settings, data and ledger become a plan, checked before anything is computed.
+
+Runs on rank 0 alone, without torch. Make semantics: a finished stage is never done again, a missing one before the
+asked stage is done first.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mnemos.engine.arguments import Arguments
+from mnemos.engine.run_directory import RunDirectory, Status
+from mnemos.engine.settings import Settings, as_flat, resolve
+from mnemos.engine.slots import Schedule
+from mnemos.sharding.errors import UserError
+from mnemos.sharding.manifest import MANIFEST_FILE, Manifest, load_manifest
+from mnemos.sharding.modalities import STORED_SIZES
+
+BUFFER = "buffer"
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a plan.
+
+    Attributes:
+        number: from 1.
+        directory: the stage's folder in the run.
+        data: its shard set; None for a finished stage whose data is no longer there.
+        manifest: of the data, or of the buffer where the data is gone.
+        status: as the ledger has it.
+    """
+
+    number: int
+    name: str
+    directory: Path
+    data: Path | None
+    manifest: Manifest
+    status: Status
+
+    @property
+    def buffer(self) -> Path:
+        """Folder of the buffer kept of this stage."""
+        return self.directory / BUFFER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What this call will do.
+
+    Attributes:
+        run: the run's folder.
+        stages: all stages up to the asked one.
+        todo: those to be done now.
+        data: folder with the shard sets.
+        deepspeed: the user's DeepSpeed configuration.
+        dry_run: print and stop.
+    """
+
+    run: Path
+    settings: Settings
+    stages: tuple[Stage, ...]
+    todo: tuple[Stage, ...]
+    data: Path
+    deepspeed: dict[str, Any] | None
+    dry_run: bool
+    notes: tuple[str, ...] = field(default=())
+
+    def earlier(self, stage: Stage) -> tuple[Stage, ...]:
+        """Return the stages before one."""
+        return self.stages[: stage.number - 1]
+
+    def rehearsed(self, stage: Stage) -> tuple[Stage, ...]:
+        """Return the stages whose buffers are rehearsed in one."""
+        return self.earlier(stage) if self.settings.rehearsal.strategy == "medcoss" else ()
+
+    def schedule(self, stage: Stage, buffer_sizes: tuple[int, ...]) -> Schedule:
+        """Return the stage's updates, given the sizes of the rehearsed buffers."""
+        training = self.settings.training
+        size = stage.manifest.splits["train"].samples
+        per_epoch = max(1, size // training.batch)
+        return Schedule(
+            sizes=(size, *buffer_sizes),
+            batch=training.batch,
+            pretext_steps=training.steps or max(1, round(training.epochs * per_epoch)),
+            least_share=self.settings.rehearsal.least_share,
+            seed=training.seed,
+            stage=stage.name,
+        )
+
+
+def make_plan(arguments: Arguments, world_size: int) -> Plan:
+    """Check everything that can be checked before computing, and return what is to be done.
+
+    Creates or moves nothing except, at first use, the sample shards.
+
+    Raises:
+        UserError: a mistake in flags, data, or a contradiction with the run.
+    """
+    run = RunDirectory(arguments.run or Path("runs") / (arguments.preset or "sample"))
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--run {run.path}: is a file; name a folder")
+    begun = run.exists and not arguments.fresh
+    if begun:
+        settings = run.settings(arguments.preset, arguments.overrides)
+    else:
+        settings = resolve(arguments.preset or "sample", arguments.overrides)
+    deepspeed = None
+    if arguments.deepspeed_config is not None:
+        from mnemos.engine.deepspeed_config import read_deepspeed_config
+
+        deepspeed = read_deepspeed_config(arguments.deepspeed_config)
+    ledger = run.ledger() if begun else {"stages": []}
+    known = {entry["name"]: entry for entry in ledger["stages"]}
+    data = arguments.data or (Path(ledger["data"]) if "data" in ledger else None)
+    sets = find_shard_sets(_default_data(settings) if data is None else data)
+    names = _stage_names(arguments.stage, settings, known, sets)
+    stages = []
+    for number, name in enumerate(names, start=1):
+        entry = known.get(name, {"status": "pending"})
+        stages.append(_stage(run, number, name, entry, sets, settings))
+    todo = [stage for stage in stages if stage.status != "complete"]
+    if arguments.only:
+        missing = [stage.name for stage in todo if stage.name != arguments.stage]
+        if missing:
+            raise UserError(
+                f"--only {arguments.stage}: the stages before it are not complete ({', '.join(missing)}); do them first "
+                "with --stage, or drop --only"
+            )
+    _check_batches(settings, world_size)
+    plan = Plan(
+        run=run.path,
+        settings=settings,
+        stages=tuple(stages),
+        todo=tuple(todo),
+        data=next(iter(sets.values())).parent,
+        deepspeed=deepspeed,
+        dry_run=arguments.dry_run,
+    )
+    for stage in todo:
+        plan.schedule(stage, tuple(1 for _ in plan.rehearsed(stage))).slots_per_epoch  # refuses impossible shares
+    return plan
+
+
+def find_shard_sets(folder: Path) -> dict[str, Path]:
+    """Return the shard sets below a folder, by modality.
+
+    Raises:
+        UserError: the folder is missing or empty, a set is damaged, or two sets are of one modality.
+    """
+    hint = "make sets with `python -m mnemos.sharding.build MODALITY INPUT --out FOLDER/MODALITY`"
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder; {hint}")
+    if (folder / MANIFEST_FILE).exists():
+        raise UserError(f"--data {folder}: is itself a shard set; name the folder that holds it, {folder.parent}")
+    sets: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not (path / MANIFEST_FILE).exists():
+            continue
+        name = load_manifest(path).name
+        if name in sets:
+            raise UserError(f"--data {folder}: {sets[name].name} and {path.name} both hold {name}; keep one of them there")
+        sets[name] = path
+    if not sets:
+        raise UserError(f"--data {folder}: holds no shard set (a sub-folder with {MANIFEST_FILE}); {hint}")
+    return sets
+
+
+def _default_data(settings: Settings) -> Path:
+    """Return the sample shards' folder, made at first use; only the sample preset has data of its own."""
+    if settings.preset != "sample":
+        raise UserError(
+            f"preset {settings.preset} has no data of its own; name your shard sets with --data DIR, or use --preset sample"
+        )
+    root = REPOSITORY if (REPOSITORY / "data_shards").is_dir() else Path()
+    folder = root / "data_shards" / "sample"
+    if not folder.exists():
+        from mnemos.sharding.synthetic.make import make_sample_shards
+
+        print(f"making the sample shards under {folder} (once, about 20 seconds)", flush=True)
+        make_sample_shards(folder)
+    return folder
+
+
+def _stage_names(asked: str, settings: Settings, known: dict[str, Any], sets: dict[str, Path]) -> list[str]:
+    """Return the stages up to the asked one: the settings' order, then what was appended to the run."""
+    order = list(settings.curriculum.stages)
+    if len(set(order)) != len(order):
+        raise UserError(f"curriculum.stages names a stage twice: {', '.join(order)}; name each once")
+    order += [name for name in known if name not in order]
+    if asked not in order:
+        if asked not in sets:
+            raise UserError(
+                f"unknown stage {asked!r}; this run's stages are {', '.join(order)}, and the data holds no other set of "
+                "that name to append"
+            )
+        order.append(asked)
+    return order[: order.index(asked) + 1]
+
+
+def _stage(
+    run: RunDirectory, number: int, name: str, entry: dict[str, Any], sets: dict[str, Path], settings: Settings
+) -> Stage:
+    directory = run.stage(number, name)
+    data = sets.get(name)
+    if data is None and entry["status"] != "complete":
+        raise UserError(
+            f"stage {name} has no data: none of {', '.join(sets) or 'the sets'} holds that modality; add its shard set, or "
+            "choose the stages with --set curriculum.stages=[...]"
+        )
+    manifest = load_manifest(data if data is not None else directory / BUFFER)
+    _check_size(manifest, settings, data or directory)
+    fingerprint = entry.get("data")
+    if data is not None and fingerprint not in (None, manifest.fingerprint):
+        raise UserError(
+            f"stage {name} was {entry['status']} with other data (fingerprint {fingerprint[:12]}, now "
+            f"{manifest.fingerprint[:12]}); give it the same shard set, or begin another run with --run"
+        )
+    return Stage(number=number, name=name, directory=directory, data=data, manifest=manifest, status=entry["status"])
+
+
+def _check_size(manifest: Manifest, settings: Settings, where: Path) -> None:
+    """Refuse shards of another size or spacing than the preset's."""
+    size = STORED_SIZES[settings.preset]
+    wanted = {"text": (size.text,), "image": size.image, "volume": size.volume}[manifest.kind]
+    spacing = size.spacing_mm if manifest.kind == "volume" else None
+    if manifest.shape != wanted or manifest.spacing_mm != spacing:
+        of = f" at {manifest.spacing_mm} mm" if manifest.spacing_mm else ""
+        by = f" at {spacing} mm" if spacing else ""
+        raise UserError(
+            f"{where}: holds samples of size {manifest.shape}{of}, preset {settings.preset} takes {wanted}{by}; build the set "
+            f"with --preset {settings.preset}, or train with the preset it was built for ({manifest.preset})"
+        )
+    if manifest.splits["train"].samples == 0:
+        raise UserError(f"{where}: holds no training samples; build it from more files")
+
+
+def _check_batches(settings: Settings, world_size: int) -> None:
+    """Refuse batches that do not divide evenly over ranks, micro-batches and mixup runs."""
+    training, group = settings.training, settings.rehearsal.mix_group
+    if training.batch % world_size:
+        raise UserError(f"training.batch={training.batch} does not divide over {world_size} ranks; choose a multiple of it")
+    share = training.batch // world_size
+    if training.micro_batch and share % training.micro_batch:
+        raise UserError(
+            f"training.micro_batch={training.micro_batch} does not divide the {share} samples of a rank; choose a divisor, or 0"
+        )
+    smallest = training.micro_batch or share
+    mixes = settings.rehearsal.mixup and settings.rehearsal.strategy == "medcoss"
+    if mixes and smallest % group:
+        raise UserError(
+            f"rehearsal.mix_group={group} does not divide the {smallest} samples that one rank computes at a time; choose "
+            f"training.batch, training.micro_batch or fewer ranks so that it does, or begin the run with another mix_group"
+        )
+
+
+def settings_text(settings: Settings) -> str:
+    """Return the resolved settings, one a line."""
+    return "\n".join(f"  {key} = {value}" for key, value in as_flat(settings).items())

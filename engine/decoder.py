@@ -1,0 +1,90 @@
+"""What trains the encoder and is thrown away after each stage: the image decoder and the word head.
+
+Shape suffixes: B samples, K visible, M masked, L = K + M patches, D encoder width, E decoder width, P values a patch,
+V vocabulary, S scored positions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnemos.engine.encoder import Attention, ImageKind, initialise
+from mnemos.engine.positions import sin_cos_table
+from mnemos.kernels.assemble_decoder_tokens import assemble_decoder_tokens
+from mnemos.kernels.gather_tokens import gather_tokens
+from mnemos.kernels.masked_lm_loss import masked_lm_loss
+
+
+class DecoderBlock(nn.Module):
+    """Plain pre-norm block (He et al., 2021): x + attention(norm_1(x)), then x + mlp(norm_2(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.norm_2 = nn.LayerNorm(width, eps=1e-6)
+        self.fc_1 = nn.Linear(width, 4 * width)
+        self.fc_2 = nn.Linear(4 * width, width)
+
+    def forward(self, x_BLE: Tensor) -> Tensor:
+        """Return [B, L, E]."""
+        x_BLE = x_BLE + self.attention(self.norm_1(x_BLE))
+        return x_BLE + self.fc_2(F.gelu(self.fc_1(self.norm_2(x_BLE))))
+
+
+class DecoderStem(nn.Module):
+    """Visible features to a full sequence: projection, mask tokens where nothing was seen, positions."""
+
+    def __init__(self, encoder_width: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+
+    def forward(self, features_BND: Tensor, visible_BK: Tensor, positions_LE: Tensor) -> Tensor:
+        """Return [B, 1 + L, E], CLS first."""
+        tokens = self.project(features_BND)
+        return assemble_decoder_tokens(tokens, self.mask_token, positions_LE.to(tokens.dtype), visible_BK)
+
+
+class ImageDecoder(nn.Module):
+    """Predict the masked patches of images and volumes; everything but the last layer is shared by both."""
+
+    def __init__(
+        self, encoder_width: int, width: int, depth: int, heads: int, grids: dict[str, tuple[int, ...]], values: dict[str, int]
+    ) -> None:
+        super().__init__()
+        self.stem = DecoderStem(encoder_width, width)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.heads = nn.ModuleDict({kind: nn.Linear(width, size) for kind, size in values.items()})
+        for kind, grid in grids.items():
+            table = torch.cat([torch.zeros(1, width), sin_cos_table(grid, width)])  # CLS has no place
+            self.register_buffer(f"positions_{kind}", table, persistent=False)
+        self.apply(initialise)
+
+    def forward(self, kind: ImageKind, features_BND: Tensor, visible_BK: Tensor, masked_BM: Tensor) -> Tensor:
+        """Return predictions [B, M, P] of the masked patches, in the order of `masked_BM`."""
+        x_BLE = self.stem(features_BND, visible_BK, self.get_buffer(f"positions_{kind}"))
+        for block in self.blocks:
+            x_BLE = block(x_BLE)
+        masked_BME = gather_tokens(x_BLE, masked_BM + 1)  # row 0 is CLS
+        return self.heads[kind](self.norm(masked_BME))
+
+
+class WordHead(nn.Module):
+    """Predict words at scored positions: Linear, GELU, LayerNorm, then an untied matrix to the vocabulary."""
+
+    def __init__(self, width: int, vocab: int) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.words = nn.Linear(width, vocab)
+        self.apply(initialise)
+        nn.init.normal_(self.words.weight, std=1 / math.sqrt(width) / 4)
+
+    def forward(self, features_SD: Tensor, labels_S: Tensor) -> Tensor:
+        """Return the fp32 sum of cross-entropies over the rows whose label is not -100."""
+        hidden_SD = self.norm(F.gelu(self.transform(features_SD)))
+        return masked_lm_loss(hidden_SD, self.words.weight, self.words.bias, labels_S)

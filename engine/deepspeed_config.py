@@ -1,0 +1,82 @@
+"""The configuration given to DeepSpeed: ours, with a user's own JSON on top; needs no torch.
+
+Source of the recommendations: DeepSpeed 0.19 (what makes a step wait for the device is switched off).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mnemos.engine.settings import Settings
+from mnemos.sharding.errors import UserError
+
+_OURS = {  # keys of a DeepSpeed configuration that a setting of ours decides
+    "train_batch_size": "training.batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.micro_batch",
+    "optimizer": "training.base_lr, training.weight_decay, training.beta1 and training.beta2",
+    "scheduler": "training.warmup and training.epochs",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "gradient_clipping": "nothing: the recipe clips no gradients",
+}
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """Return a user's DeepSpeed configuration.
+
+    Raises:
+        UserError: unreadable, no JSON object, or it sets what a setting of ours decides.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: cannot be read ({error.strerror}); name a JSON file") from None
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path}: is not JSON ({error}); see deepspeed.ai for the format") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--deepspeed_config {path}: holds a {type(config).__name__}; an object is needed")
+    for key, setting in _OURS.items():
+        if key in config:
+            raise UserError(f"--deepspeed_config {path}: sets {key!r}, which is decided by {setting}; remove it there")
+    stage = config.get("zero_optimization", {}).get("stage", 1)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"--deepspeed_config {path}: ZeRO stage {stage!r} is unknown; choose 0, 1, 2 or 3")
+    return config
+
+
+def zero_stage(settings: Settings, user: dict[str, Any] | None) -> int:
+    """Return the ZeRO stage: the user's DeepSpeed configuration decides before `parallel.zero`."""
+    stage: int = (user or {}).get("zero_optimization", {}).get("stage", settings.parallel.zero)
+    return stage
+
+
+def deepspeed_config(
+    settings: Settings, *, bf16: bool, micro_batch: int, accumulate: int, user: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the configuration given to DeepSpeed: ours, with the user's entries on top."""
+    stage = zero_stage(settings, user)
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if stage in (1, 2):
+        zero["compute_grad_norm"] = False  # nothing reads it, and reading it would wait for the device every step
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0 if settings.model.width < 512 else 100_000
+    config: dict[str, Any] = {
+        "train_batch_size": settings.training.batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "log_level": "error",
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device every step
+    }
+    if bf16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    for key, value in (user or {}).items():
+        if key == "zero_optimization":
+            zero |= value
+        else:
+            config[key] = value
+    if stage:
+        config["zero_optimization"] = zero
+    return config

@@ -1,0 +1,147 @@
+"""Which samples make up which update: a pure function of sizes, settings and seed, the same on every rank.
+
+A stage's epoch is a shuffled list of slots; a slot is one global batch of one set (the current modality or one
+buffer), on all ranks. Source: Ye et al., CVPR 2024, and `max(1, floor(N / B))` slots a set, so that small buffers are
+rehearsed too. Here every sample of the current modality comes at most once in an epoch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mnemos.kernels.counter_rng import stream_key
+
+CURRENT = 0  # the set a stage is about; buffers of earlier stages follow in stage order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One update.
+
+    Attributes:
+        step: counts the stage's updates from 0.
+        member: 0 the current modality, m the buffer of the m-th earlier stage.
+        samples: int64 [B] sample numbers of that set: the whole global batch.
+    """
+
+    step: int
+    member: int
+    samples: np.ndarray
+
+    def places(self) -> np.ndarray:
+        """Return int64 [B], the samples' places in the stage's global order: what randomness is keyed by."""
+        return self.step * len(self.samples) + np.arange(len(self.samples), dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The updates of one stage.
+
+    Attributes:
+        sizes: samples of the current set and of every buffer.
+        batch: samples of a global batch.
+        pretext_steps: updates on the current set.
+        least_share: least share of the updates for each buffer; 0 leaves `max(1, floor(N / B))` slots.
+        seed, stage: key of the order.
+    """
+
+    sizes: tuple[int, ...]
+    batch: int
+    pretext_steps: int
+    least_share: float
+    seed: int
+    stage: str
+
+    @property
+    def slots_per_epoch(self) -> tuple[int, ...]:
+        """Slots of every set in an epoch, the current one first."""
+        current, *buffers = (max(1, size // self.batch) for size in self.sizes)
+        if self.least_share and buffers:
+            room = 1.0 - self.least_share * len(buffers)
+            if room <= 0:
+                raise ValueError(
+                    f"rehearsal.least_share {self.least_share} of {len(buffers)} buffers leaves nothing for the current "
+                    f"modality; allowed: below {1 / len(buffers):.3f}"
+                )
+            needed = math.ceil(self.least_share * current / room)
+            buffers = [max(slots, needed) for slots in buffers]
+        return (current, *buffers)
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of the whole stage: epochs in full, then as much of the last as the pretext steps need."""
+        epochs, rest = divmod(self.pretext_steps, self.slots_per_epoch[CURRENT])
+        total = epochs * sum(self.slots_per_epoch)
+        if rest:
+            current = np.flatnonzero(self._members(epochs) == CURRENT)
+            total += int(current[rest - 1]) + 1
+        return total
+
+    def steps_of(self, member: int) -> int:
+        """Return how many of the stage's updates go to one set."""
+        epochs, rest = divmod(self.num_steps, sum(self.slots_per_epoch))
+        return epochs * self.slots_per_epoch[member] + int((self._members(epochs)[:rest] == member).sum())
+
+    def slots(self, start: int = 0) -> Iterator[Slot]:
+        """Yield the stage's slots from update `start` on."""
+        per_epoch = sum(self.slots_per_epoch)
+        for epoch in range(start // per_epoch, math.ceil(self.num_steps / per_epoch)):
+            members = self._members(epoch)
+            seen = np.zeros(len(self.sizes), dtype=np.int64)
+            orders: dict[tuple[int, int], np.ndarray] = {}
+            for number, member in enumerate(members):
+                step = epoch * per_epoch + number
+                if step >= self.num_steps:
+                    return
+                if step >= start:
+                    yield Slot(step=step, member=int(member), samples=self._samples(member, seen[member], epoch, orders))
+                seen[member] += 1
+
+    def _members(self, epoch: int) -> np.ndarray:
+        members = np.repeat(np.arange(len(self.sizes)), self.slots_per_epoch)
+        return self._generator("slots", epoch).permutation(members)
+
+    def _samples(self, member: int, slot: int, epoch: int, orders: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+        """Return the samples of the slot-th slot of a set; a set that is too small goes round again."""
+        size = self.sizes[member]
+        rows = np.arange(slot * self.batch, (slot + 1) * self.batch)
+        samples = np.empty(self.batch, dtype=np.int64)
+        for turn in range(rows[0] // size, rows[-1] // size + 1):
+            key = (int(member), int(turn))
+            if key not in orders:
+                orders[key] = self._generator("order", epoch, *key).permutation(size)
+            here = rows // size == turn
+            samples[here] = orders[key][rows[here] % size]
+        return samples
+
+    def _generator(self, *parts: int | str) -> np.random.Generator:
+        key = stream_key(self.seed, self.stage, *(part if isinstance(part, str) else int(part) for part in parts))
+        return np.random.Generator(np.random.PCG64(key % (1 << 64)))
+
+
+def rank_rows(batch: int, rank: int, world: int) -> slice:
+    """Return the rows of a global batch that one rank computes."""
+    share = batch // world
+    return slice(rank * share, (rank + 1) * share)
+
+
+def learning_rate(step: int, num_steps: int, peak: float, warmup: float) -> float:
+    """Return the rate of an update: linear warm-up, then half a cosine to 0 (He et al., 2021, appendix A).
+
+    Args:
+        step: from 0.
+        num_steps: of the whole stage.
+        peak: highest rate.
+        warmup: share of the steps with rising rate.
+    """
+    rising = warmup * num_steps
+    if step < rising:
+        return peak * (step + 1) / (rising + 1)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1.0, num_steps - rising)))
+
+
+def micro_batches(samples: int, size: int) -> Sequence[tuple[int, int]]:
+    """Return (start, stop) of a rank's micro-batches; `size` divides `samples`."""
+    return [(start, start + size) for start in range(0, samples, size)]

@@ -1,0 +1,344 @@
+"""Train one stage: the pretext task on its own modality, distillation on the buffers of earlier ones."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mnemos.engine import dist
+from mnemos.engine.checkpoints import remove_checkpoints, restore_checkpoint, save_checkpoint
+from mnemos.engine.curriculum import Plan, Stage
+from mnemos.engine.encoder import Encoder, EncoderShape
+from mnemos.engine.estimates import choose_micro_batch, free_memory
+from mnemos.engine.metrics_log import MetricsLog
+from mnemos.engine.objectives import (
+    Preparer,
+    Pretrainer,
+    RawImages,
+    RawTexts,
+    Rows,
+    TextRows,
+    encode,
+    local_count,
+    visible_patches,
+)
+from mnemos.engine.optimizer import active_parts
+from mnemos.engine.parallel import Engine, computes_in_bf16
+from mnemos.engine.progress import Progress
+from mnemos.engine.showing import show_predictions
+from mnemos.engine.slots import CURRENT, Schedule, learning_rate, micro_batches, rank_rows
+from mnemos.engine.validation import Validation
+from mnemos.engine.weights import modality_record, read_weights, save_encoder
+from mnemos.kernels.counter_rng import stream_key
+from mnemos.sharding.modalities import STORED_SIZES
+from mnemos.sharding.reader import ShardSet
+from mnemos.sharding.stream import RawBatch, Request, stream
+from mnemos.sharding.tokenizer import load_tokenizer, starts_word
+
+CHECKPOINTS = "checkpoints"
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; everything is saved."""
+
+
+class BadNumbers(Exception):
+    """A loss is not finite; the message says where."""
+
+
+@dataclass
+class StopFlag:
+    """Set by SIGTERM, SIGINT or SIGUSR1; the ranks agree on it when the losses are read. A second SIGINT ends at once."""
+
+    raised: bool = False
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> "StopFlag":
+        """Take the signals over."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self.raised and number == signal.SIGINT:
+            dist.leave(130)
+        self.raised = True
+
+
+def encoder_shape(plan: Plan) -> EncoderShape:
+    """Return the encoder's shape: sizes from the settings, the vocabulary from the texts among the plan's stages."""
+    model, stored = plan.settings.model, STORED_SIZES[plan.settings.preset]
+    tokenizers = [stage.manifest.tokenizer for stage in plan.stages if stage.manifest.tokenizer is not None]
+    return EncoderShape(
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        ffn=model.ffn,
+        layer_scale=model.layer_scale,
+        drop_path=model.drop_path,
+        image_patch=model.image_patch,
+        volume_patch=model.volume_patch,
+        image_grid=tuple(size // model.image_patch for size in stored.image),
+        volume_grid=tuple(size // model.volume_patch for size in stored.volume),
+        vocab=tokenizers[0].vocab_size if tokenizers else 0,
+        text_positions=model.text_positions,
+    )
+
+
+def make_model(plan: Plan, stage: Stage, shape: EncoderShape) -> Pretrainer:
+    """Return the stage's model: the encoder of the stage before, everything else fresh, the same on every rank."""
+    torch.manual_seed(stream_key(plan.settings.training.seed, stage.name, "weights") % (1 << 63))
+    model = Pretrainer(Encoder(shape, recompute=plan.settings.training.recompute), plan.settings)
+    if stage.number > 1:
+        weights = read_weights(plan.stages[stage.number - 2].directory)
+        missing, unexpected = model.encoder.load_state_dict(weights, strict=False)
+        foreign = [name for name in missing if not name.startswith("tokenizers.")]
+        assert not foreign and not unexpected, f"weights of the stage before do not fit: {foreign} {unexpected}"
+    return model
+
+
+def text_tokenizer(plan: Plan) -> Path | None:
+    """Return the tokenizer file of the texts among the plan's stages."""
+    for stage in plan.stages:
+        if stage.manifest.tokenizer is not None:
+            return (stage.data or stage.buffer) / stage.manifest.tokenizer.file
+    return None
+
+
+class StageTraining:
+    """One stage under way.
+
+    Args:
+        plan: of this call.
+        stage: to be trained.
+    """
+
+    def __init__(self, plan: Plan, stage: Stage) -> None:
+        self.plan, self.stage, self.settings = plan, stage, plan.settings
+        self.device = dist.device()
+        self.bf16 = computes_in_bf16(self.settings.training.precision)
+        self.dtype = torch.bfloat16 if self.bf16 else torch.float32
+        assert stage.data is not None
+        rehearsed = plan.rehearsed(stage)
+        self.sets = [ShardSet(stage.data, "train"), *(ShardSet(earlier.buffer, "train") for earlier in rehearsed)]
+        self.schedule = plan.schedule(stage, tuple(len(kept) for kept in self.sets[1:]))
+        self.shape = encoder_shape(plan)
+        model = make_model(plan, stage, self.shape)
+        self.teacher = self._make_teacher(model.encoder) if rehearsed else None
+        share = self.settings.training.batch // dist.world_size()
+        self.micro = choose_micro_batch(
+            plan,
+            stage,
+            self.shape,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            bf16=self.bf16,
+            world=dist.world_size(),
+            free_bytes=free_memory(self.device),
+        )
+        self.accumulate = share // self.micro
+        self.engine = Engine(
+            model,
+            self.settings,
+            bf16=self.bf16,
+            micro_batch=self.micro,
+            accumulate=self.accumulate,
+            user=plan.deepspeed,
+        )
+        starts_word_V = self._starts_word()
+        self.preparers = [
+            Preparer(self.settings, self.shape, starts_word_V, stream=f"{stage.name}/{kept.manifest.name}")
+            for kept in self.sets
+        ]
+        self.validation = Validation(
+            ShardSet(stage.data, "val"),
+            self.sets[CURRENT],
+            Preparer(self.settings, self.shape, starts_word_V, stream=f"{stage.name}/validation"),
+            self.shape,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train to the stage's end, write the encoder and return what the stage showed; collective.
+
+        Raises:
+            Stopped: a signal came; a checkpoint was written.
+            BadNumbers: a loss is not finite.
+        """
+        begun = time.monotonic()
+        step = restore_checkpoint(self.stage.directory / CHECKPOINTS, self.engine)
+        log = MetricsLog(self.stage.directory, stage=self.stage.name, resume_at=step + 1) if dist.is_main() else None
+        title = f"{self.stage.number}/{len(self.plan.stages)} {self.stage.name}"
+        try:
+            with (
+                StopFlag() as stop,
+                Progress(title, self.schedule.num_steps, done=step, shown=dist.is_main()) as progress,
+            ):
+                shown = self._train(step, stop, progress, log)
+        finally:
+            if log is not None:
+                log.close()
+        self._save()
+        self.engine.release()
+        return {**shown, "seconds": round(time.monotonic() - begun, 1)}
+
+    def _train(self, step: int, stop: StopFlag, progress: Progress, log: MetricsLog | None) -> dict[str, Any]:
+        training = self.settings.training
+        peak = training.base_lr * training.batch / 256
+        losses = torch.zeros(training.log_every, device=self.device)  # of the updates since they were last read
+        pending: list[dict[str, Any]] = []
+        since = time.monotonic()
+        latest: dict[str, float] = {}
+        for raw in self._batches(step):
+            phase = "pretext" if raw.member == CURRENT else "rehearsal"
+            rate = learning_rate(raw.step, self.schedule.num_steps, peak, training.warmup)
+            self.engine.optimizer.set_rate(rate)
+            losses[len(pending)] = self.train_step(raw)
+            step = raw.step + 1
+            pending.append({"step": step, "modality": self.sets[raw.member].manifest.name, "phase": phase, "lr": rate})
+            last = step == self.schedule.num_steps
+            if len(pending) == training.log_every or last:
+                pace = len(pending) * training.batch / (time.monotonic() - since)
+                stopped = self._report(losses, pending, stop, log, pace)
+                progress.advance(len(pending), **_facts(pending, pace, latest))
+                pending, since = [], time.monotonic()
+                if stopped or step % training.checkpoint_every < training.log_every and not last:
+                    save_checkpoint(self.stage.directory / CHECKPOINTS, self.engine, step)
+                if stopped:
+                    raise Stopped
+            if last or step % training.validate_every == 0:
+                latest = self.validation.measure(self.engine)
+                if log is not None:
+                    name = self.stage.manifest.name
+                    log.write([{"step": step, "modality": name, "phase": "validation", **latest}])
+        return {
+            "steps": self.schedule.num_steps,
+            "pretext_steps": self.schedule.steps_of(CURRENT),
+            "samples": len(self.sets[CURRENT]),
+            "validation": latest,
+        }
+
+    def train_step(self, raw: RawBatch) -> Tensor:
+        """Do one update on this rank's part of a global batch; return its part of the loss (device scalar).
+
+        The parts of all ranks add up to the mean over the global batch, whatever the micro-batches.
+        """
+        raw = raw.to(self.device)
+        manifest = self.sets[raw.member].manifest
+        phase = "pretext" if raw.member == CURRENT else "rehearsal"
+        preparer = self.preparers[raw.member]
+        rows: Rows
+        if manifest.kind == "text":
+            texts = RawTexts(ids_BL=raw.data, place_B=raw.place_B)
+            rows = preparer.texts(texts, phase=phase, training=True)
+        else:
+            images = RawImages(images=raw.data, scale_B=raw.scale_B, shift_B=raw.shift_B, place_B=raw.place_B)
+            rows = preparer.images(manifest, images, phase=phase, training=True)
+        count = local_count(rows, phase)
+        if isinstance(count, Tensor):
+            count = dist.total(count.float()).clamp_min(1.0)
+        else:
+            count = float(count * dist.world_size())
+        self.engine.optimizer.active = active_parts(manifest.kind, phase)
+        weight = self.settings.rehearsal.weight if phase == "rehearsal" else 1.0
+        done = torch.zeros((), device=self.device)
+        for start, stop in micro_batches(rows.num_samples, self.micro):
+            part = rows.rows(start, stop)
+            patches = None if isinstance(part, TextRows) else visible_patches(self.shape, part, self.dtype)
+            target = self._teach(part, patches) if phase == "rehearsal" else None
+            loss = self.engine(part, patches, target) / count
+            done += loss.detach()
+            # DeepSpeed averages over ranks and micro-batches; the loss is a sum over them
+            self.engine.update(loss * (weight * dist.world_size() * self.accumulate))
+        return done
+
+    @torch.no_grad()
+    def _teach(self, rows: Rows, patches_BKP: Tensor | None) -> Tensor:
+        """Return the teacher's features of the same visible patches, without DropPath."""
+        assert self.teacher is not None
+        return encode(self.teacher, replace(rows, keep=None), patches_BKP)
+
+    def _make_teacher(self, encoder: Encoder) -> Encoder:
+        teacher = Encoder(self.shape)
+        teacher.load_state_dict(encoder.state_dict())
+        return teacher.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def _batches(self, step: int) -> Iterator[RawBatch]:
+        workers = self.settings.data.workers
+        on_gpu = self.device.type == "cuda"
+        if workers < 0:
+            workers = 4 if on_gpu else 0
+        plan = partial(_requests, self.schedule, step, dist.rank(), dist.world_size())
+        return iter(stream(self.sets, plan, workers=workers, pin=on_gpu))
+
+    def _starts_word(self) -> Tensor | None:
+        file = text_tokenizer(self.plan)
+        return None if file is None else torch.from_numpy(starts_word(load_tokenizer(file))).to(self.device)
+
+    def _report(
+        self, losses: Tensor, pending: list[dict[str, Any]], stop: StopFlag, log: MetricsLog | None, pace: float
+    ) -> bool:
+        """Read the losses since the last time, write them, and tell whether any rank was asked to stop."""
+        read = torch.cat([losses[: len(pending)], torch.tensor([float(stop.raised)], device=self.device)])
+        *values, stopped = dist.total(read).tolist()
+        for record, value in zip(pending, values, strict=True):
+            record |= {"loss": value, "samples_per_s": round(pace, 2)}
+        if log is not None:
+            log.write(pending)
+        for record in pending:
+            if not math.isfinite(record["loss"]):
+                raise BadNumbers(
+                    f"stage {self.stage.name}: the loss of update {record['step']} ({record['modality']}, "
+                    f"{record['phase']}) is {record['loss']}; lower training.base_lr, or compute with "
+                    "--set training.precision=fp32"
+                )
+        return stopped > 0
+
+    def _save(self) -> None:
+        """Write the encoder and the pictures of the finished stage."""
+        weights = self.engine.full_weights()
+        if dist.is_main():
+            prefix = "encoder."
+            members = (*self.plan.earlier(self.stage), self.stage)
+            model = Pretrainer(Encoder(self.shape), self.settings)
+            model.load_state_dict(weights)
+            show_predictions(self.stage, model.eval(), self.validation, text_tokenizer(self.plan))
+            save_encoder(
+                self.stage.directory,
+                {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)},
+                self.shape,
+                stage=self.stage.name,
+                modalities={member.name: modality_record(member.manifest) for member in members},
+                tokenizer=text_tokenizer(self.plan),
+            )
+            remove_checkpoints(self.stage.directory / CHECKPOINTS)
+        dist.barrier()
+
+
+def _requests(schedule: Schedule, step: int, rank: int, world_size: int) -> Iterator[Request]:
+    """Yield one rank's part of every global batch from update `step` on."""
+    rows = rank_rows(schedule.batch, rank, world_size)
+    for slot in schedule.slots(step):
+        yield Request(step=slot.step, member=slot.member, samples=slot.samples[rows], places=slot.places()[rows])
+
+
+def _facts(pending: list[dict[str, Any]], pace: float, latest: dict[str, float]) -> dict[str, str]:
+    """Return what the progress bar shows."""
+    own = [record["loss"] for record in pending if record["phase"] == "pretext"]
+    facts = {"loss": f"{sum(own) / len(own):.3f}"} if own else {}
+    if latest:
+        facts["val"] = f"{latest['loss']:.3f}"
+    return {**facts, "samples/s": f"{pace:.0f}"}

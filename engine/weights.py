@@ -1,0 +1,199 @@
+"""The encoder as a file: `encoder.safetensors` with the weights, `encoder.json` with all one needs to use them.
+
+    from mnemos.engine.weights import load_encoder
+    encoder = load_encoder("runs/sample/stages/05-pathology")
+    features = encoder.features("xray", "film.png")  # [1, D]
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnemos.engine.encoder import Encoder, EncoderShape, ImageKind, pooled
+from mnemos.engine.objectives import patch_edges
+from mnemos.engine.patches import all_patches, patch_grid
+from mnemos.sharding.errors import UserError
+from mnemos.sharding.manifest import Manifest
+from mnemos.sharding.tokenizer import PAD
+
+FORMAT = "mnemos-encoder-1"
+WEIGHTS, CARD, TOKENIZER = "encoder.safetensors", "encoder.json", "tokenizer.json"
+
+
+def modality_record(manifest: Manifest) -> dict[str, Any]:
+    """Return what the card keeps of a modality: how its samples must be made and how values are scaled."""
+    return {
+        "modality": asdict(manifest.modality),
+        "shape": manifest.shape,
+        "spacing_mm": manifest.spacing_mm,
+        "recipe": manifest.recipe,
+        "preset": manifest.preset,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def save_encoder(
+    directory: Path,
+    weights: dict[str, Tensor],
+    shape: EncoderShape,
+    *,
+    stage: str,
+    modalities: dict[str, dict[str, Any]],
+    tokenizer: Path | None,
+) -> None:
+    """Write weights, card and tokenizer; the card last, so that a folder with a card is whole.
+
+    Args:
+        directory: of the stage.
+        weights: fp32 on the CPU, named as in `Encoder`.
+        shape: of the encoder.
+        stage: name of the stage it was trained up to.
+        modalities: `modality_record` of every stage up to it, by name.
+        tokenizer: file stored with the reports; None without texts.
+    """
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / (WEIGHTS + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial)
+    partial.replace(directory / WEIGHTS)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, directory / TOKENIZER)
+    card = {"format": FORMAT, "stage": stage, "shape": asdict(shape), "modalities": modalities}
+    partial = directory / (CARD + ".partial")
+    partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    partial.replace(directory / CARD)
+
+
+def read_card(directory: Path) -> dict[str, Any]:
+    """Return `encoder.json`.
+
+    Raises:
+        UserError: there is none, or it is of another format.
+    """
+    try:
+        card: dict[str, Any] = json.loads((directory / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{directory} holds no encoder; name a stage's folder with {WEIGHTS} and {CARD}") from None
+    if card.get("format") != FORMAT:
+        raise UserError(f"{directory / CARD} has format {card.get('format')!r}; this version reads {FORMAT!r}")
+    return card
+
+
+def read_shape(card: dict[str, Any]) -> EncoderShape:
+    """Return the encoder's shape from its card."""
+    fields = dict(card["shape"])
+    for grid in ("image_grid", "volume_grid"):
+        fields[grid] = tuple(fields[grid])
+    return EncoderShape(**fields)
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Return the weights, fp32 on the CPU, by name."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(directory / WEIGHTS)
+    except Exception as error:
+        raise UserError(f"{directory / WEIGHTS} cannot be read ({error}); restore it or train the stage again") from None
+
+
+def read_encoder(directory: Path) -> Encoder:
+    """Return the encoder of a stage's folder in eval mode, fp32 on the CPU."""
+    encoder = Encoder(read_shape(read_card(directory)))
+    encoder.load_state_dict(read_weights(directory))
+    return encoder.eval()
+
+
+class PretrainedEncoder:
+    """An encoder ready for use on files.
+
+    Args:
+        directory: of a stage.
+        device: where to compute.
+    """
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        self.card = read_card(directory)
+        self.encoder = read_encoder(directory).to(device)
+        self.device = device
+        self._tokenizer_file = directory / TOKENIZER
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the modalities it was trained on, in order."""
+        return list(self.card["modalities"])
+
+    @torch.no_grad()
+    def features(self, modality: str, source: str | Path | np.ndarray) -> Tensor:
+        """Return one feature vector for each sample found in the source: fp32 [N, D].
+
+        Args:
+            modality: one of `modalities`; decides the preprocessing.
+            source: a text; an image or volume file (a volume gives one row for each of its sub-volumes); or an array
+                as stored in shards: uint8 [C, Y, X] or int16 [Z, Y, X] with the modality's value scale.
+
+        Raises:
+            UserError: unknown modality, or a source that is not of its kind.
+        """
+        tokens, valid = self.tokens(modality, source)
+        return pooled(tokens, valid)
+
+    @torch.no_grad()
+    def tokens(self, modality: str, source: str | Path | np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """Return the feature sequences [N, L, D] (CLS first for images and volumes) and, for texts, bool [N, L]."""
+        record = self.card["modalities"].get(modality)
+        if record is None:
+            raise UserError(f"modality {modality!r} is not among those trained: {', '.join(self.modalities)}")
+        if record["modality"]["kind"] == "text":
+            ids_BL = self._token_ids(str(source), record["shape"][0])
+            valid_BL = ids_BL != PAD
+            return self.encoder.forward_text(ids_BL, valid_BL), valid_BL
+        from mnemos.sharding.samples import read_samples
+
+        arrays, scales, shifts = read_samples(source, record)
+        data = torch.from_numpy(np.stack(arrays)).to(self.device)
+        if record["modality"]["kind"] == "volume":
+            data = data[:, None]
+        return self.encode_all(record["modality"]["kind"], data, scales, shifts), None
+
+    def encode_all(self, kind: ImageKind, data: Tensor, scales: Sequence[float], shifts: Sequence[float]) -> Tensor:
+        """Return features [N, 1 + L, D] of stored samples with nothing masked."""
+        return encode_unmasked(
+            self.encoder,
+            kind,
+            data,
+            torch.tensor(scales, dtype=torch.float32, device=self.device),
+            torch.tensor(shifts, dtype=torch.float32, device=self.device),
+        )
+
+    def _token_ids(self, text: str, longest: int) -> Tensor:
+        from mnemos.sharding.tokenizer import load_tokenizer
+
+        ids = load_tokenizer(self._tokenizer_file).encode(text).ids[:longest]
+        return torch.tensor([ids or [PAD]], device=self.device)
+
+
+def encode_unmasked(encoder: Encoder, kind: ImageKind, data: Tensor, scale_B: Tensor, shift_B: Tensor) -> Tensor:
+    """Return features [B, 1 + L, D] of stored images [B, C, Y, X] or volumes [B, 1, Z, Y, X], nothing masked."""
+    edges, channels = patch_edges(encoder.shape, kind)
+    patches_BLP = all_patches(data, patch=edges, channels=channels, scale_B=scale_B, shift_B=shift_B)
+    ids_BL = torch.arange(patches_BLP.shape[1], device=data.device).expand(len(data), -1)
+    tokens = patches_BLP.to(encoder.stem.cls.dtype)
+    return encoder.forward_patches(kind, tokens, ids_BL, patch_grid(data.shape[2:], edges))
+
+
+def load_encoder(directory: Path | str, device: str | torch.device = "cpu") -> PretrainedEncoder:
+    """Return the encoder stored in a stage's folder, ready for texts, images and volumes.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    return PretrainedEncoder(Path(directory), torch.device(device))

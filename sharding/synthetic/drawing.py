@@ -1,0 +1,70 @@
+"""What all generators draw with: seeded streams, anti-aliased edges, smooth random fields.
+
+Legend of array suffixes: N samples, Z, Y, X grid axes. Everything is float32; parameters of a sample are shaped so
+that they broadcast against the grid.
+"""
+
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+
+
+def stream(seed: int, *names: str | int) -> np.random.Generator:
+    """Return the random generator of one named part of the data: same seed and names, same numbers.
+
+    Args:
+        seed: the data set's seed, at least 0.
+        names: what the numbers are for, for example ("xray", "train", 12).
+    """
+    words = [name if isinstance(name, int) else zlib.crc32(name.encode()) for name in names]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *words])))
+
+
+def uniform(rng: np.random.Generator, low: float, high: float, num: int, axes: int = 2) -> F32:
+    """Draw one value per sample, [num, 1, ...] with ``axes`` trailing axes of size 1."""
+    return rng.uniform(low, high, (num, *[1] * axes)).astype(np.float32)
+
+
+def edge(distance: F32, width: float | F32) -> F32:
+    """Return 1 inside (distance < 0) and 0 outside, with a smooth ramp ``width`` wide across the boundary."""
+    t = np.clip(0.5 - distance / width, 0.0, 1.0)
+    return np.asarray(t * t * (3 - 2 * t), np.float32)
+
+
+def ellipse(x: F32, y: F32, radius_x: F32 | float, radius_y: F32 | float) -> F32:
+    """Return an approximate signed distance to an ellipse around the origin, in the units of x and y."""
+    q = np.sqrt((x / radius_x) ** 2 + (y / radius_y) ** 2)
+    return np.asarray((q - 1) * np.minimum(radius_x, radius_y), np.float32)
+
+
+def turn(x: F32, y: F32, angle: F32 | float) -> tuple[F32, F32]:
+    """Rotate coordinates by ``angle`` radians: the drawn shape turns by the same angle, clockwise as displayed."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.asarray(c * x + s * y, np.float32), np.asarray(c * y - s * x, np.float32)
+
+
+def mix(base: F32, colour: F32 | float, share: F32) -> F32:
+    """Return ``base`` with ``share`` (0 to 1) of it replaced by ``colour``."""
+    return np.asarray(base + share * (colour - base), np.float32)
+
+
+def upsampler(size: int, cells: int) -> F32:
+    """Return the [size, cells + 3] matrix that interpolates a random lattice by cubic B-splines."""
+    position = np.linspace(0, cells, size, endpoint=False) + 0.5 * cells / size
+    whole = np.floor(position).astype(int)
+    t = position - whole
+    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], 1) / 6
+    matrix = np.zeros((size, cells + 3), np.float32)
+    for tap in range(4):
+        matrix[np.arange(size), whole + tap] = weights[:, tap]
+    return matrix
+
+
+def smooth_field(rng: np.random.Generator, num: int, size: int, cells: int) -> F32:
+    """Draw smooth random fields [num, size, size] of about unit variance with ``cells`` bumps along an axis."""
+    matrix = upsampler(size, cells)
+    lattice = rng.standard_normal((num, cells + 3, cells + 3), np.float32)
+    return np.asarray((matrix @ lattice @ matrix.T) * 2.1, np.float32)
