@@ -50,6 +50,7 @@ setup(
         "Pillow>=11",
         "nibabel>=5.3",
         "pydicom>=3.0.2",  # 3.0.1 and earlier: path traversal through DICOMDIR, CVE-2026-32711
+        "pylibjpeg>=2",  # what pydicom asks the next two through
         "pylibjpeg-openjpeg>=2.4",
         "pylibjpeg-rle>=2.1",
         "pyjpegls>=1.5",
@@ -58,6 +59,6 @@ setup(
         "gpu": ["xformers>=0.0.35", "cupy-cuda13x>=14", "cuml-cu13>=26.10"],
         "test": TEST,
         # one minor release of each: another one finds other things in the same source
-        "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML", "types-tqdm"],
+        "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML", "types-psutil", "types-tqdm"],
     },
 )

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from mnemos.kernels.gather_patches import launch_gather_patches
-from mnemos.kernels.masked_patch_mse import launch_masked_patch_mse, launch_masked_patch_mse_backward
+from mnemos.kernels.masked_patch_mse import launch_masked_patch_mse
 
 KIB = 1024
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -118,19 +119,18 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     partner = empty(B, dtype=torch.int64)
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for name, (shape, stored, patch, channels, num_visible) in inputs.items():
+            what = f"{name} {short}"
             images, visible = empty(*shape, dtype=stored), empty(B, num_visible, dtype=torch.int64)
             masked = empty(B, 3 * num_visible, dtype=torch.int64)
             pred = empty(B, 3 * num_visible, torch.Size(patch).numel() * channels, dtype=dtype)
             flip = empty(B, len(patch), dtype=torch.bool)
-            what = f"{name} {short}"
-            gather = (images, visible, patch, channels, per_sample, per_sample)
-            yield what, lambda args=(*gather, None, None, None, dtype): launch_gather_patches(*args)
-            mixed = (*gather, flip, partner, per_sample, dtype)
-            yield f"{what} flip mix", lambda args=mixed: launch_gather_patches(*args)
+            gather = partial(launch_gather_patches, images, visible, patch, channels, per_sample, per_sample)
+            yield what, partial(gather, None, None, None, dtype)
+            yield f"{what} flip mix", partial(gather, flip, partner, per_sample, dtype)
+            loss = partial(launch_masked_patch_mse, pred, images, masked, patch, channels, per_sample)
             for mirror, suffix in ((None, ""), (flip, " flip")):
-                loss = (pred, images, masked, patch, channels, per_sample, mirror)
-                yield what + suffix, lambda args=loss: launch_masked_patch_mse(*args)
-                yield what + suffix, lambda args=(upstream, *loss): launch_masked_patch_mse_backward(*args)
+                yield f"{what}{suffix} loss", partial(loss, mirror)
+                yield f"{what}{suffix} grad", partial(loss, mirror, upstream)
 
 
 def usage(kernel: Any) -> Usage:
@@ -176,7 +176,7 @@ def main() -> int:
         f"Triton {triton.__version__}; regs, STACK and LOCAL (bytes) per thread, shared (bytes) per program"
     )
     print(
-        f"{'target':8}{'kernel':32}{'inputs':34}{'warps':>6}"
+        f"{'target':8}{'kernel':26}{'inputs':34}{'warps':>6}"
         f"{'regs':>6}{'sspill':>8}{'STACK':>7}{'LOCAL':>7}{'shared':>8}"
     )
     num_faults = 0
@@ -187,7 +187,7 @@ def main() -> int:
                 faults = used.faults(target)
                 num_faults += bool(faults)
                 print(
-                    f"{target.name:8}{kernel.metadata.name.strip('_'):32}{what:34}{kernel.metadata.num_warps:6}"
+                    f"{target.name:8}{kernel.metadata.name.strip('_'):26}{what:34}{kernel.metadata.num_warps:6}"
                     f"{used.registers:6}{used.scalar_spills:8}{used.stack_bytes:7}{used.local_bytes:7}"
                     f"{used.shared_bytes:8}{'  FAULT: ' + ', '.join(faults) if faults else ''}"
                 )

@@ -55,28 +55,56 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         prog="train.py",
         description="Pre-train one encoder on one modality after another, without forgetting. --stage NAME brings the run "
         "up to and including that stage.",
-        epilog=EXAMPLES + "\nsettings for --set and --config (name, default of the base preset, meaning):\n" + describe(),
+        epilog=EXAMPLES
+        + "\nsettings for --set and --config (name, default of the base preset, meaning):\n"
+        + describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--stage", required=True, metavar="NAME", help="last stage to do, such as report, ct or pathology")
-    parser.add_argument("--only", action="store_true", help="do exactly that stage; refuse where earlier ones are missing")
-    parser.add_argument("--dry-run", action="store_true", help="print plan, settings and estimates, then stop")
-    parser.add_argument("--fresh", action="store_true", help="start over; the old run is moved aside, nothing is deleted")
+    parser.add_argument(
+        "--stage", required=True, metavar="NAME", help="last stage to do, such as report, ct or pathology"
+    )
+    parser.add_argument(
+        "--only", action="store_true", help="do exactly that stage; refuse where earlier ones are missing"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan, settings and estimates, then stop"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over; the old run is moved aside, nothing is deleted"
+    )
     parser.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: runs/<preset>)")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="a folder with one shard set a sub-folder (default: sample shards)"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="a folder with one shard set a sub-folder (default: sample shards)",
     )
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: sample)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="one setting; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="one setting; may be repeated",
     )
-    parser.add_argument("--strategy", metavar="NAME", help="medcoss or sequential: short for rehearsal.strategy")
+    parser.add_argument(
+        "--strategy", metavar="NAME", help="medcoss or sequential: short for rehearsal.strategy"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="short for training.seed")
-    parser.add_argument("--epochs", type=float, metavar="N", help="passes over a stage's data: short for training.epochs")
-    parser.add_argument("--steps", type=int, metavar="N", help="updates on a stage's own data: short for training.steps")
-    parser.add_argument("--deepspeed_config", type=Path, metavar="FILE", help="a DeepSpeed configuration (JSON) of your own")
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # DeepSpeed's habit; always on
+    parser.add_argument(
+        "--epochs", type=float, metavar="N", help="passes over a stage's data: short for training.epochs"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="updates on a stage's own data: short for training.steps"
+    )
+    parser.add_argument(
+        "--deepspeed_config", type=Path, metavar="FILE", help="a DeepSpeed configuration (JSON) of your own"
+    )
+    parser.add_argument(
+        "--deepspeed", action="store_true", help=argparse.SUPPRESS
+    )  # DeepSpeed's habit; always on
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     given = parser.parse_args(argv)
     overrides = read_file(given.config) if given.config else {}
@@ -101,5 +129,3 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         overrides=overrides,
         deepspeed_config=given.deepspeed_config,
     )
-
-

@@ -26,7 +26,13 @@ def save_checkpoint(folder: Path, engine: Engine, step: int) -> None:
     def publish() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / f"{name}.partial").rename(folder / name)
-        pointer = {"step": step, "name": name, "world_size": dist.world_size(), "zero": engine.stage, "bf16": engine.bf16}
+        pointer = {
+            "step": step,
+            "name": name,
+            "world_size": dist.world_size(),
+            "zero": engine.stage,
+            "bf16": engine.bf16,
+        }
         write_atomically(folder / _POINTER, json.dumps(pointer) + "\n")
         for old in folder.glob("step-*"):
             if old.name != name:

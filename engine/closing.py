@@ -132,5 +132,3 @@ def drift(plan: Plan, stage: Stage, encoder: Encoder, device: torch.device) -> d
         moved = (now_ND - then_ND).double().square().mean()
         found[earlier.name] = float(moved / then_ND.double().var(dim=0).mean())
     return found
-
-

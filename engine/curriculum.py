@@ -139,7 +139,9 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
         dry_run=arguments.dry_run,
     )
     for stage in todo:
-        plan.schedule(stage, tuple(1 for _ in plan.rehearsed(stage))).slots_per_epoch  # refuses impossible shares
+        plan.schedule(
+            stage, tuple(1 for _ in plan.rehearsed(stage))
+        ).slots_per_epoch  # refuses impossible shares
     return plan
 
 
@@ -153,14 +155,18 @@ def find_shard_sets(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"--data {folder}: there is no such folder; {hint}")
     if (folder / MANIFEST_FILE).exists():
-        raise UserError(f"--data {folder}: is itself a shard set; name the folder that holds it, {folder.parent}")
+        raise UserError(
+            f"--data {folder}: is itself a shard set; name the folder that holds it, {folder.parent}"
+        )
     sets: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if not (path / MANIFEST_FILE).exists():
             continue
         name = load_manifest(path).name
         if name in sets:
-            raise UserError(f"--data {folder}: {sets[name].name} and {path.name} both hold {name}; keep one of them there")
+            raise UserError(
+                f"--data {folder}: {sets[name].name} and {path.name} both hold {name}; keep one of them there"
+            )
         sets[name] = path
     if not sets:
         raise UserError(f"--data {folder}: holds no shard set (a sub-folder with {MANIFEST_FILE}); {hint}")
@@ -200,7 +206,12 @@ def _stage_names(asked: str, settings: Settings, known: dict[str, Any], sets: di
 
 
 def _stage(
-    run: RunDirectory, number: int, name: str, entry: dict[str, Any], sets: dict[str, Path], settings: Settings
+    run: RunDirectory,
+    number: int,
+    name: str,
+    entry: dict[str, Any],
+    sets: dict[str, Path],
+    settings: Settings,
 ) -> Stage:
     directory = run.stage(number, name)
     data = sets.get(name)
@@ -217,7 +228,9 @@ def _stage(
             f"stage {name} was {entry['status']} with other data (fingerprint {fingerprint[:12]}, now "
             f"{manifest.fingerprint[:12]}); give it the same shard set, or begin another run with --run"
         )
-    return Stage(number=number, name=name, directory=directory, data=data, manifest=manifest, status=entry["status"])
+    return Stage(
+        number=number, name=name, directory=directory, data=data, manifest=manifest, status=entry["status"]
+    )
 
 
 def _check_size(manifest: Manifest, settings: Settings, where: Path) -> None:
@@ -240,7 +253,9 @@ def _check_batches(settings: Settings, world_size: int) -> None:
     """Refuse batches that do not divide evenly over ranks, micro-batches and mixup runs."""
     training, group = settings.training, settings.rehearsal.mix_group
     if training.batch % world_size:
-        raise UserError(f"training.batch={training.batch} does not divide over {world_size} ranks; choose a multiple of it")
+        raise UserError(
+            f"training.batch={training.batch} does not divide over {world_size} ranks; choose a multiple of it"
+        )
     share = training.batch // world_size
     if training.micro_batch and share % training.micro_batch:
         raise UserError(

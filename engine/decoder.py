@@ -31,7 +31,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x_BLE: Tensor) -> Tensor:
         """Return [B, L, E]."""
         x_BLE = x_BLE + self.attention(self.norm_1(x_BLE))
-        return x_BLE + self.fc_2(F.gelu(self.fc_1(self.norm_2(x_BLE))))
+        branch: Tensor = self.fc_2(F.gelu(self.fc_1(self.norm_2(x_BLE))))
+        return x_BLE + branch
 
 
 class DecoderStem(nn.Module):
@@ -52,7 +53,13 @@ class ImageDecoder(nn.Module):
     """Predict the masked patches of images and volumes; everything but the last layer is shared by both."""
 
     def __init__(
-        self, encoder_width: int, width: int, depth: int, heads: int, grids: dict[str, tuple[int, ...]], values: dict[str, int]
+        self,
+        encoder_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grids: dict[str, tuple[int, ...]],
+        values: dict[str, int],
     ) -> None:
         super().__init__()
         self.stem = DecoderStem(encoder_width, width)
@@ -70,7 +77,8 @@ class ImageDecoder(nn.Module):
         for block in self.blocks:
             x_BLE = block(x_BLE)
         masked_BME = gather_tokens(x_BLE, masked_BM + 1)  # row 0 is CLS
-        return self.heads[kind](self.norm(masked_BME))
+        predicted_BMP: Tensor = self.heads[kind](self.norm(masked_BME))
+        return predicted_BMP
 
 
 class WordHead(nn.Module):

@@ -31,14 +31,20 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: cannot be read ({error.strerror}); name a JSON file") from None
+        raise UserError(
+            f"--deepspeed_config {path}: cannot be read ({error.strerror}); name a JSON file"
+        ) from None
     except ValueError as error:
-        raise UserError(f"--deepspeed_config {path}: is not JSON ({error}); see deepspeed.ai for the format") from None
+        raise UserError(
+            f"--deepspeed_config {path}: is not JSON ({error}); see deepspeed.ai for the format"
+        ) from None
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path}: holds a {type(config).__name__}; an object is needed")
     for key, setting in _OURS.items():
         if key in config:
-            raise UserError(f"--deepspeed_config {path}: sets {key!r}, which is decided by {setting}; remove it there")
+            raise UserError(
+                f"--deepspeed_config {path}: sets {key!r}, which is decided by {setting}; remove it there"
+            )
     stage = config.get("zero_optimization", {}).get("stage", 1)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"--deepspeed_config {path}: ZeRO stage {stage!r} is unknown; choose 0, 1, 2 or 3")
@@ -58,7 +64,9 @@ def deepspeed_config(
     stage = zero_stage(settings, user)
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage in (1, 2):
-        zero["compute_grad_norm"] = False  # nothing reads it, and reading it would wait for the device every step
+        zero["compute_grad_norm"] = (
+            False  # nothing reads it, and reading it would wait for the device every step
+        )
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0 if settings.model.width < 512 else 100_000
     config: dict[str, Any] = {

@@ -109,7 +109,9 @@ def meet(timeout_s: int = 1800) -> None:
     _give_every_group(timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     with quiet():
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        deepspeed.init_distributed(
+            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
 
 
 def share(decide: Callable[[], T]) -> T | Refusal:

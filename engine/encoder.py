@@ -61,7 +61,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         mask = None if mask_BL is None else mask_BL[:, None, None, :]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).reshape(B, L, D))
+        out_BLD: Tensor = self.out(mixed.transpose(1, 2).reshape(B, L, D))
+        return out_BLD
 
 
 class Block(nn.Module):
@@ -79,7 +80,7 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, keep_B2: Tensor | None = None) -> Tensor:
         """Return [B, L, D]; `keep_B2` scales the two branches of each sample: 0 dropped, else 1 / (1 - rate)."""
-        branch = self.attention(self.norm_1(x_BLD), mask_BL)
+        branch: Tensor = self.attention(self.norm_1(x_BLD), mask_BL)
         norm_2 = self.norm_2
         x_BLD, normed = layer_scale_residual_norm(
             x_BLD,
@@ -109,10 +110,10 @@ class PatchTokenizer(nn.Module):
     def forward(self, patches_BKP: Tensor, ids_BK: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Return tokens [B, K, D] of the patches at `ids_BK` (places in C order over `grid`)."""
         plane = interpolate_table(self.position, self.grid[-2:], grid[-2:])
-        depth = self.depth
+        depth: Tensor = self.depth
         if len(grid) == 3 and grid[0] != self.grid[0]:
             depth = F.interpolate(depth.float().T[None], size=grid[0], mode="linear")[0].T.to(plane.dtype)
-        tokens = self.project(patches_BKP) + plane[ids_BK % plane.shape[0]]
+        tokens: Tensor = self.project(patches_BKP) + plane[ids_BK % plane.shape[0]]
         return tokens + depth[ids_BK // plane.shape[0]]
 
 
@@ -129,7 +130,9 @@ class TextTokenizer(nn.Module):
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Return [B, L, D]."""
-        return self.norm(F.embedding(ids_BL, self.embedding.weight) + self.position[: ids_BL.shape[1]] + self.token_type)
+        tokens = self.embedding(ids_BL) + self.position[: ids_BL.shape[1]]
+        normed: Tensor = self.norm(tokens + self.token_type)
+        return normed
 
 
 class Stem(nn.Module):
@@ -166,7 +169,12 @@ class Encoder(nn.Module):
         self.apply(initialise)
 
     def forward_patches(
-        self, kind: ImageKind, patches_BKP: Tensor, ids_BK: Tensor, grid: tuple[int, ...], keep: Tensor | None = None
+        self,
+        kind: ImageKind,
+        patches_BKP: Tensor,
+        ids_BK: Tensor,
+        grid: tuple[int, ...],
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Return features [B, 1 + K, D], CLS first, of patches at the places `ids_BK` of a grid.
 

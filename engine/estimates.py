@@ -39,7 +39,12 @@ def sizes(stage: Stage, shape: EncoderShape, settings: Settings) -> Sizes:
     manifest = stage.manifest
     if manifest.kind == "text":
         length = manifest.shape[0]
-        return Sizes(encoder=length, decoder=0, predicted=round(settings.training.word_ratio * length), values=shape.vocab)
+        return Sizes(
+            encoder=length,
+            decoder=0,
+            predicted=round(settings.training.word_ratio * length),
+            values=shape.vocab,
+        )
     edge = shape.image_patch if manifest.kind == "image" else shape.volume_patch
     patches = math.prod(patch_grid(manifest.shape, (edge,) * len(manifest.shape)))
     visible = max(1, int((1 - settings.training.mask_ratio) * patches))
@@ -70,11 +75,21 @@ def sample_bytes(size: Sizes, settings: Settings, *, bf16: bool) -> int:
 def state_bytes(parameters: int, *, bf16: bool, zero: int, world: int) -> int:
     """Return the bytes of weights, gradients and optimiser state on one rank."""
     weights, gradients, optimizer = (2, 2, 12) if bf16 else (4, 4, 8)
-    share = (1, 1, 1 / world) if zero == 1 else (1, 1 / world, 1 / world) if zero == 2 else (1 / world,) * 3 if zero == 3 else (1,) * 3
+    share = (
+        (1, 1, 1 / world)
+        if zero == 1
+        else (1, 1 / world, 1 / world)
+        if zero == 2
+        else (1 / world,) * 3
+        if zero == 3
+        else (1,) * 3
+    )
     return int(parameters * (weights * share[0] + gradients * share[1] + optimizer * share[2]))
 
 
-def choose_micro_batch(plan: Plan, stage: Stage, shape: EncoderShape, *, parameters: int, bf16: bool, world: int, free_bytes: int) -> int:
+def choose_micro_batch(
+    plan: Plan, stage: Stage, shape: EncoderShape, *, parameters: int, bf16: bool, world: int, free_bytes: int
+) -> int:
     """Return the samples one rank computes at a time: the setting, or the most that the memory estimate allows."""
     training = plan.settings.training
     if training.micro_batch:
@@ -83,7 +98,9 @@ def choose_micro_batch(plan: Plan, stage: Stage, shape: EncoderShape, *, paramet
     mixes = bool(plan.rehearsed(stage)) and plan.settings.rehearsal.mixup
     state = state_bytes(parameters, bf16=bf16, zero=plan.settings.parallel.zero, world=world)
     members = (stage, *plan.rehearsed(stage))
-    each = max(sample_bytes(sizes(member, shape, plan.settings), plan.settings, bf16=bf16) for member in members)
+    each = max(
+        sample_bytes(sizes(member, shape, plan.settings), plan.settings, bf16=bf16) for member in members
+    )
     room = max(1, int((0.7 * free_bytes - state) / each))
     allowed = [size for size in range(1, share + 1) if share % size == 0 and not (mixes and size % group)]
     return max((size for size in allowed if size <= room), default=allowed[0])
@@ -116,7 +133,16 @@ def matrix_rate(device: torch.device, *, bf16: bool) -> float:
     return 2 * edge**3 * products / (time.perf_counter() - start)
 
 
-def stage_seconds(plan: Plan, stage: Stage, shape: EncoderShape, buffer_sizes: tuple[int, ...], *, rate: float, device: str, world: int) -> float:
+def stage_seconds(
+    plan: Plan,
+    stage: Stage,
+    shape: EncoderShape,
+    buffer_sizes: tuple[int, ...],
+    *,
+    rate: float,
+    device: str,
+    world: int,
+) -> float:
     """Return a rough estimate of a stage's training time."""
     schedule = plan.schedule(stage, buffer_sizes)
     members = (stage, *plan.rehearsed(stage))

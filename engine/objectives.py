@@ -31,7 +31,9 @@ from mnemos.sharding.manifest import Manifest
 from mnemos.sharding.tokenizer import MASK, PAD, SPECIAL_TOKENS
 
 Phase = Literal["pretext", "rehearsal"]
-SCORED_SHARE = 0.35  # places kept for scored tokens, as a share of the length; 15 % of the words pass it once in 1,000
+SCORED_SHARE = (
+    0.35  # places kept for scored tokens, as a share of the length; 15 % of the words pass it once in 1,000
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,9 @@ Rows = ImageRows | TextRows
 class Preparer:
     """Make raw batches ready on their device: crops, flips, masks, partners, word masks; no host synchronisation."""
 
-    def __init__(self, settings: Settings, shape: EncoderShape, starts_word_V: Tensor | None, *, stream: str) -> None:
+    def __init__(
+        self, settings: Settings, shape: EncoderShape, starts_word_V: Tensor | None, *, stream: str
+    ) -> None:
         """Take what is fixed for a stage; `stream` names it in every random key."""
         self.settings = settings
         self.shape = shape
@@ -141,7 +145,9 @@ class Preparer:
         visible_BK, masked_BM = random_patch_ids(place_B, num_patches, num_visible, key=self._key("mask"))
         partner_B = weight_B = None
         if phase == "rehearsal" and self.settings.rehearsal.mixup:
-            partner_B = mixing_partner(place_B, key=self._key("partner"), group=self.settings.rehearsal.mix_group)
+            partner_B = mixing_partner(
+                place_B, key=self._key("partner"), group=self.settings.rehearsal.mix_group
+            )
             weight_B = mixing_weight(place_B, key=self._key("mixture"))
         elif self.settings.training.shuffle_visible:
             partner_B = torch.arange(len(place_B), device=place_B.device).roll(1)
@@ -186,7 +192,9 @@ class Preparer:
         word_BL = starts_BL.cumsum(1) - 1
         chance_BL = uniform(self._key("word"), place_B, length)  # row w: the chance of word w
         chance_BL = torch.where(word_BL[:, -1:] >= torch.arange(length, device=ids_BL.device), chance_BL, 2.0)
-        chosen_BL = (chance_BL < self.settings.training.word_ratio) | (chance_BL == chance_BL.amin(1, keepdim=True))
+        chosen_BL = (chance_BL < self.settings.training.word_ratio) | (
+            chance_BL == chance_BL.amin(1, keepdim=True)
+        )
         scored_BL = chosen_BL.gather(1, word_BL) & valid_BL
         num_scored = max(1, math.ceil(SCORED_SHARE * length))
         scored_BL &= scored_BL.cumsum(1) <= num_scored
@@ -275,7 +283,9 @@ class Pretrainer(nn.Module):
         if shape.vocab:
             self.word_head = WordHead(shape.width, shape.vocab)
 
-    def forward(self, rows: Rows, patches_BKP: Tensor | None = None, target_BND: Tensor | None = None) -> Tensor:
+    def forward(
+        self, rows: Rows, patches_BKP: Tensor | None = None, target_BND: Tensor | None = None
+    ) -> Tensor:
         """Return the fp32 sum of one micro-batch's losses.
 
         Without a target, the pretext loss: summed over masked patches (mean over a patch's values) or over scored
@@ -284,7 +294,9 @@ class Pretrainer(nn.Module):
         """
         features_BND = encode(self.encoder, rows, patches_BKP)
         if target_BND is not None:
-            return feature_mse(features_BND, target_BND, rows.valid_BL if isinstance(rows, TextRows) else None)
+            return feature_mse(
+                features_BND, target_BND, rows.valid_BL if isinstance(rows, TextRows) else None
+            )
         if isinstance(rows, TextRows):
             assert rows.scored_BS is not None and rows.labels_BS is not None
             scored_BSD = gather_tokens(features_BND, rows.scored_BS)

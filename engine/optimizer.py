@@ -51,11 +51,15 @@ class PartAdamW(torch.optim.AdamW):
         settings: betas and weight decay; the learning rate is set by `set_rate`.
     """
 
-    active: frozenset[str] = frozenset()  # before the first training step nothing may move: ZeRO 3 steps when made
+    active: frozenset[str] = (
+        frozenset()
+    )  # nothing may move when made: ZeRO 0 in bf16 takes a step
 
     def __init__(self, groups: Iterable[dict[str, Any]], settings: TrainingSettings) -> None:
         betas = (settings.beta1, settings.beta2)
-        super().__init__(groups, lr=settings.base_lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+        super().__init__(
+            groups, lr=settings.base_lr, betas=betas, weight_decay=settings.weight_decay, fused=True
+        )
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of every group."""

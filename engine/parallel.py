@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mnemos.engine import dist
-from mnemos.engine.decoder import DecoderBlock, DecoderStem, WordHead
+from mnemos.engine.decoder import WordHead
 from mnemos.engine.deepspeed_config import deepspeed_config, zero_stage
-from mnemos.engine.encoder import Block, PatchTokenizer, Stem, TextTokenizer
+from mnemos.engine.encoder import Block
 from mnemos.engine.optimizer import PartAdamW, parameter_groups
 from mnemos.engine.settings import Settings
+
 
 class Engine:
     """One stage's model under DeepSpeed.
@@ -45,8 +46,10 @@ class Engine:
         self.bf16 = bf16
         self._names = [name for name, _ in model.named_parameters()]
         if self.stage == 3:  # these read their children's parameters directly: fetch each as a whole
-            set_z3_leaf_modules(model, [Block, DecoderBlock, PatchTokenizer, TextTokenizer, Stem, DecoderStem, WordHead])
-        self.optimizer = PartAdamW(parameter_groups(model.to(dist.device()), settings.training), settings.training)
+            set_z3_leaf_modules(model, [Block, WordHead])
+        self.optimizer = PartAdamW(
+            parameter_groups(model.to(dist.device()), settings.training), settings.training
+        )
         with dist.quiet():
             self.engine, *_ = deepspeed.initialize(
                 model=model,
@@ -55,8 +58,7 @@ class Engine:
                     settings, bf16=bf16, micro_batch=micro_batch, accumulate=accumulate, user=user
                 ),
             )
-        if self.stage in (1, 2):
-            self.optimizer.step()  # nothing is active yet: gives every part its moments before DeepSpeed links them
+        self.optimizer.step()  # nothing is active yet: gives every part its moments before DeepSpeed links them
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Run the model's forward."""

@@ -41,7 +41,9 @@ def sin_cos_table(grid: tuple[int, ...], width: int) -> Tensor:
     """
     per_axis = width // len(grid) // 2 * 2
     table = torch.zeros(math.prod(grid), width)
-    places = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid)).reshape(-1, len(grid))
+    places = torch.cartesian_prod(*(torch.arange(size, dtype=torch.float64) for size in grid)).reshape(
+        -1, len(grid)
+    )
     frequency = 10_000.0 ** -(torch.arange(per_axis // 2, dtype=torch.float64) / (per_axis // 2))
     edges = [axis * per_axis for axis in range(len(grid) + 1)]
     for axis, (start, end) in enumerate(pairwise(edges)):

@@ -18,7 +18,9 @@ class Progress:
         self._begun = self._told = time.monotonic()
         self._first = done
         live = shown and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True) if live else None
+        self._bar = (
+            tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True) if live else None
+        )
 
     def advance(self, steps: int, **facts: str) -> None:
         """Count steps and show the facts (name=value)."""
@@ -36,7 +38,9 @@ class Progress:
         """Return the bar itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()

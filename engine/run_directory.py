@@ -67,7 +67,9 @@ class RunDirectory:
         wanted = as_flat(resolve(preset or stored_preset, {**base, **overrides}))
         changed = [key for key in wanted if key not in FREE and wanted[key] != was[key]]
         if changed:
-            shown = ", ".join(f"{key} is {was[key]!r} there and {wanted[key]!r} in this call" for key in changed[:4])
+            shown = ", ".join(
+                f"{key} is {was[key]!r} there and {wanted[key]!r} in this call" for key in changed[:4]
+            )
             more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
             raise UserError(
                 f"the run {self.path} was begun with other settings: {shown}{more}; drop the flag to go on with the run, "
@@ -104,7 +106,9 @@ class RunDirectory:
         """Write a pending entry for every stage that has none, in order, and where the data lies."""
         ledger = self.ledger()
         known = {entry["name"]: entry for entry in ledger["stages"]}
-        ledger["stages"] = [known.get(name, {"name": name, "modality": name, "status": "pending"}) for name in names]
+        ledger["stages"] = [
+            known.get(name, {"name": name, "modality": name, "status": "pending"}) for name in names
+        ]
         ledger["data"] = str(data)
         write_atomically(self.path / LEDGER, json.dumps(ledger, indent=1) + "\n")
 

@@ -104,7 +104,9 @@ def stage_table(run: RunDirectory) -> str:
                 "bigram": _fixed(measured.get("bigram")),
                 "buffer": entry.get("buffer"),
                 "drift": _fixed(final_drift.get(entry["name"])),
-                "minutes": _fixed((entry.get("seconds", 0) + entry.get("closing_seconds", 0)) / 60 or None, 1),
+                "minutes": _fixed(
+                    (entry.get("seconds", 0) + entry.get("closing_seconds", 0)) / 60 or None, 1
+                ),
             }
         )
     headings = {
@@ -143,7 +145,11 @@ def describe_plan(plan: Plan) -> str:
     buffer_sizes = {stage.name: _buffer_size(plan, stage) for stage in plan.stages}
     rows = []
     for stage in plan.stages:
-        row: dict[str, object] = {"stage": stage.name, "status": stage.status, "samples": stage.manifest.splits["train"].samples}
+        row: dict[str, object] = {
+            "stage": stage.name,
+            "status": stage.status,
+            "samples": stage.manifest.splits["train"].samples,
+        }
         if stage in plan.todo:
             buffers = tuple(buffer_sizes[earlier.name] for earlier in plan.rehearsed(stage))
             schedule = plan.schedule(stage, buffers)
@@ -177,7 +183,7 @@ def describe_plan(plan: Plan) -> str:
         f"run {plan.run}, preset {settings.preset}, strategy {settings.rehearsal.strategy}, seed {settings.training.seed}",
         f"{world} rank{'s' if world > 1 else ''} on {_device_name(device)}, {'bf16' if bf16 else 'fp32'}, ZeRO {zero}, "
         f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} a rank",
-        f"encoder blocks {_millions(block_parameters(encoder.blocks))}, whole model {_millions(total)}: "
+        f"encoder blocks {_millions(block_parameters(list(encoder.blocks)))}, whole model {_millions(total)}: "
         + ", ".join(f"{part} {_millions(count)}" for part, count in parts.items()),
         "",
         format_table(rows, headings),
@@ -212,5 +218,3 @@ def _fixed(value: float | None, digits: int = 3) -> str | None:
 def _tell(message: str) -> None:
     if dist.is_main():
         print(message, file=sys.stderr, flush=True)
-
-

@@ -51,7 +51,9 @@ class TrainingSettings(_Section):
     """The recipe of a stage."""
 
     batch: int = Field(512, ge=1, description="global batch: samples of one update over all ranks")
-    micro_batch: int = Field(0, ge=0, description="samples of one forward pass on one rank; 0: as memory allows")
+    micro_batch: int = Field(
+        0, ge=0, description="samples of one forward pass on one rank; 0: as memory allows"
+    )
     epochs: float = Field(300, gt=0, description="passes over the current modality in a stage")
     steps: int = Field(0, ge=0, description="updates on the current modality in a stage; 0: epochs decides")
     base_lr: float = Field(1.5e-4, gt=0, description="learning rate per 256 samples of batch")
@@ -83,29 +85,40 @@ class RehearsalSettings(_Section):
     )
     weight: float = Field(1.0, ge=0, description="weight of the distillation loss")
     mixup: bool = Field(True, description="intra-modal mixup of rehearsed samples")
-    mix_group: int = Field(16, ge=2, description="partners are drawn within runs of this many samples of a batch")
+    mix_group: int = Field(
+        16, ge=2, description="partners are drawn within runs of this many samples of a batch"
+    )
     least_share: float = Field(
-        0.0, ge=0, le=0.2, description="least share of a stage's updates for every earlier modality; 0: as the paper"
+        0.0,
+        ge=0,
+        le=0.2,
+        description="least share of a stage's updates for every earlier modality; 0: as the paper",
     )
 
 
 class BufferSettings(_Section):
     """What is kept of a finished stage."""
 
-    clusters_percent: float = Field(1.0, gt=0, le=100, description="k-means clusters in percent of the samples")
+    clusters_percent: float = Field(
+        1.0, gt=0, le=100, description="k-means clusters in percent of the samples"
+    )
     per_cluster: int = Field(5, ge=1, description="samples kept of each cluster, the nearest to its centre")
 
 
 class CurriculumSettings(_Section):
     """The order of the stages."""
 
-    stages: tuple[str, ...] = Field(DEFAULT_ORDER, min_length=1, description="modalities in order of training")
+    stages: tuple[str, ...] = Field(
+        DEFAULT_ORDER, min_length=1, description="modalities in order of training"
+    )
 
 
 class DataSettings(_Section):
     """How samples are read."""
 
-    workers: int = Field(-1, ge=-1, description="reading processes a rank; -1: none on a CPU, up to four on a GPU")
+    workers: int = Field(
+        -1, ge=-1, description="reading processes a rank; -1: none on a CPU, up to four on a GPU"
+    )
     baseline_samples: int = Field(4096, ge=1, description="training samples behind the constant predictor")
 
 
@@ -187,11 +200,15 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         place = str(error).splitlines()[0]
-        raise UserError(f"--config {path}: is not YAML ({place}); write lines such as 'training: {{batch: 64}}'") from None
+        raise UserError(
+            f"--config {path}: is not YAML ({place}); write lines such as 'training: {{batch: 64}}'"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: holds a {type(tree).__name__}; write sections such as 'training: {{batch: 64}}'")
+        raise UserError(
+            f"--config {path}: holds a {type(tree).__name__}; write sections such as 'training: {{batch: 64}}'"
+        )
     return flatten(tree)
 
 
@@ -207,7 +224,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UserError(f"--set {text!r}: the value is not YAML; quote it, or write [a,b] for a list") from None
+        raise UserError(
+            f"--set {text!r}: the value is not YAML; quote it, or write [a,b] for a list"
+        ) from None
 
 
 def _check_keys(flat: dict[str, Any]) -> None:
@@ -244,7 +263,9 @@ def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
         key = ".".join(str(part) for part in first["loc"])
         came = first.get("input")
         came_text = "" if isinstance(came, dict) else f"={came!r}"
-        raise UserError(f"setting {key}{came_text}: {first['msg'].removeprefix('Value error, ')}; see --help for its range") from None
+        raise UserError(
+            f"setting {key}{came_text}: {first['msg'].removeprefix('Value error, ')}; see --help for its range"
+        ) from None
 
 
 def as_flat(settings: Settings) -> dict[str, Any]:

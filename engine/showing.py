@@ -88,5 +88,3 @@ def _on_cpu(rows: Rows) -> Rows:
         if isinstance(value := getattr(rows, field.name), torch.Tensor)
     }
     return replace(rows, **moved)  # type: ignore[arg-type]
-
-

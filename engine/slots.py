@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mnemos.kernels.counter_rng import stream_key
+from mnemos.kernels.stream_key import stream_key
 
 CURRENT = 0  # the set a stage is about; buffers of earlier stages follow in stage order
 
@@ -96,14 +96,20 @@ class Schedule:
                 if step >= self.num_steps:
                     return
                 if step >= start:
-                    yield Slot(step=step, member=int(member), samples=self._samples(member, seen[member], epoch, orders))
+                    yield Slot(
+                        step=step,
+                        member=int(member),
+                        samples=self._samples(member, seen[member], epoch, orders),
+                    )
                 seen[member] += 1
 
     def _members(self, epoch: int) -> np.ndarray:
         members = np.repeat(np.arange(len(self.sizes)), self.slots_per_epoch)
         return self._generator("slots", epoch).permutation(members)
 
-    def _samples(self, member: int, slot: int, epoch: int, orders: dict[tuple[int, int], np.ndarray]) -> np.ndarray:
+    def _samples(
+        self, member: int, slot: int, epoch: int, orders: dict[tuple[int, int], np.ndarray]
+    ) -> np.ndarray:
         """Return the samples of the slot-th slot of a set; a set that is too small goes round again."""
         size = self.sizes[member]
         rows = np.arange(slot * self.batch, (slot + 1) * self.batch)
@@ -117,7 +123,9 @@ class Schedule:
         return samples
 
     def _generator(self, *parts: int | str) -> np.random.Generator:
-        key = stream_key(self.seed, self.stage, *(part if isinstance(part, str) else int(part) for part in parts))
+        key = stream_key(
+            self.seed, self.stage, *(part if isinstance(part, str) else int(part) for part in parts)
+        )
         return np.random.Generator(np.random.PCG64(key % (1 << 64)))
 
 

@@ -106,7 +106,9 @@ def make_model(plan: Plan, stage: Stage, shape: EncoderShape) -> Pretrainer:
         weights = read_weights(plan.stages[stage.number - 2].directory)
         missing, unexpected = model.encoder.load_state_dict(weights, strict=False)
         foreign = [name for name in missing if not name.startswith("tokenizers.")]
-        assert not foreign and not unexpected, f"weights of the stage before do not fit: {foreign} {unexpected}"
+        assert not foreign and not unexpected, (
+            f"weights of the stage before do not fit: {foreign} {unexpected}"
+        )
     return model
 
 
@@ -133,7 +135,10 @@ class StageTraining:
         self.dtype = torch.bfloat16 if self.bf16 else torch.float32
         assert stage.data is not None
         rehearsed = plan.rehearsed(stage)
-        self.sets = [ShardSet(stage.data, "train"), *(ShardSet(earlier.buffer, "train") for earlier in rehearsed)]
+        self.sets = [
+            ShardSet(stage.data, "train"),
+            *(ShardSet(earlier.buffer, "train") for earlier in rehearsed),
+        ]
         self.schedule = plan.schedule(stage, tuple(len(kept) for kept in self.sets[1:]))
         self.shape = encoder_shape(plan)
         model = make_model(plan, stage, self.shape)
@@ -180,7 +185,11 @@ class StageTraining:
         """
         begun = time.monotonic()
         step = restore_checkpoint(self.stage.directory / CHECKPOINTS, self.engine)
-        log = MetricsLog(self.stage.directory, stage=self.stage.name, resume_at=step + 1) if dist.is_main() else None
+        log = (
+            MetricsLog(self.stage.directory, stage=self.stage.name, resume_at=step + 1)
+            if dist.is_main()
+            else None
+        )
         title = f"{self.stage.number}/{len(self.plan.stages)} {self.stage.name}"
         try:
             with (
@@ -198,7 +207,9 @@ class StageTraining:
     def _train(self, step: int, stop: StopFlag, progress: Progress, log: MetricsLog | None) -> dict[str, Any]:
         training = self.settings.training
         peak = training.base_lr * training.batch / 256
-        losses = torch.zeros(training.log_every, device=self.device)  # of the updates since they were last read
+        losses = torch.zeros(
+            training.log_every, device=self.device
+        )  # of the updates since they were last read
         pending: list[dict[str, Any]] = []
         since = time.monotonic()
         latest: dict[str, float] = {}
@@ -208,14 +219,16 @@ class StageTraining:
             self.engine.optimizer.set_rate(rate)
             losses[len(pending)] = self.train_step(raw)
             step = raw.step + 1
-            pending.append({"step": step, "modality": self.sets[raw.member].manifest.name, "phase": phase, "lr": rate})
+            pending.append(
+                {"step": step, "modality": self.sets[raw.member].manifest.name, "phase": phase, "lr": rate}
+            )
             last = step == self.schedule.num_steps
             if len(pending) == training.log_every or last:
                 pace = len(pending) * training.batch / (time.monotonic() - since)
                 stopped = self._report(losses, pending, stop, log, pace)
                 progress.advance(len(pending), **_facts(pending, pace, latest))
                 pending, since = [], time.monotonic()
-                if stopped or step % training.checkpoint_every < training.log_every and not last:
+                if stopped or (step % training.checkpoint_every < training.log_every and not last):
                     save_checkpoint(self.stage.directory / CHECKPOINTS, self.engine, step)
                 if stopped:
                     raise Stopped
@@ -289,7 +302,12 @@ class StageTraining:
         return None if file is None else torch.from_numpy(starts_word(load_tokenizer(file))).to(self.device)
 
     def _report(
-        self, losses: Tensor, pending: list[dict[str, Any]], stop: StopFlag, log: MetricsLog | None, pace: float
+        self,
+        losses: Tensor,
+        pending: list[dict[str, Any]],
+        stop: StopFlag,
+        log: MetricsLog | None,
+        pace: float,
     ) -> bool:
         """Read the losses since the last time, write them, and tell whether any rank was asked to stop."""
         read = torch.cat([losses[: len(pending)], torch.tensor([float(stop.raised)], device=self.device)])
@@ -318,7 +336,11 @@ class StageTraining:
             show_predictions(self.stage, model.eval(), self.validation, text_tokenizer(self.plan))
             save_encoder(
                 self.stage.directory,
-                {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)},
+                {
+                    name.removeprefix(prefix): value
+                    for name, value in weights.items()
+                    if name.startswith(prefix)
+                },
                 self.shape,
                 stage=self.stage.name,
                 modalities={member.name: modality_record(member.manifest) for member in members},
@@ -332,7 +354,9 @@ def _requests(schedule: Schedule, step: int, rank: int, world_size: int) -> Iter
     """Yield one rank's part of every global batch from update `step` on."""
     rows = rank_rows(schedule.batch, rank, world_size)
     for slot in schedule.slots(step):
-        yield Request(step=slot.step, member=slot.member, samples=slot.samples[rows], places=slot.places()[rows])
+        yield Request(
+            step=slot.step, member=slot.member, samples=slot.samples[rows], places=slot.places()[rows]
+        )
 
 
 def _facts(pending: list[dict[str, Any]], pace: float, latest: dict[str, float]) -> dict[str, str]:

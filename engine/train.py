@@ -1,19 +1,24 @@
 """Pre-train one encoder through a sequence of modalities: `deepspeed engine/train.py --stage pathology`."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from mnemos.engine import dist
 from mnemos.engine.arguments import parse
-from mnemos.engine.curriculum import Plan, make_plan
 from mnemos.sharding.command import run_command
 
+if TYPE_CHECKING:
+    from mnemos.engine.curriculum import Plan
 
-def decide() -> Plan:
+
+def decide() -> "Plan":
     """Check the call, the run and the data, and return what is to be done (rank 0, no torch)."""
     verdict: list[Plan] = []
 
     def command(argv: object) -> None:
         arguments = parse()
+        from mnemos.engine.curriculum import make_plan  # late: --help answers without numpy
+
         verdict.append(make_plan(arguments, dist.world_size()))
         if arguments.fresh and not arguments.dry_run:
             from mnemos.engine.run_directory import RunDirectory

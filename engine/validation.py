@@ -62,7 +62,9 @@ class Validation:
 
     def rows(self, numbers: np.ndarray) -> tuple[RawBatch, Rows]:
         """Return validation samples as stored, and ready with their masks."""
-        raw = read_batch([self.samples], Request(step=0, member=0, samples=numbers, places=numbers)).to(self.device)
+        raw = read_batch([self.samples], Request(step=0, member=0, samples=numbers, places=numbers)).to(
+            self.device
+        )
         manifest = self.samples.manifest
         if manifest.kind == "text":
             texts = RawTexts(ids_BL=raw.data, place_B=raw.place_B)
@@ -145,7 +147,9 @@ class Validation:
         numbers = np.linspace(0, len(self.train) - 1, min(most, len(self.train))).astype(np.int64)
         for start in range(0, len(numbers), self.batch):
             part = numbers[start : start + self.batch]
-            yield read_batch([self.train], Request(step=0, member=0, samples=part, places=part)).to(self.device)
+            yield read_batch([self.train], Request(step=0, member=0, samples=part, places=part)).to(
+                self.device
+            )
 
 
 def _count(rows: Rows, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """The encoder as a file: `encoder.safetensors` with the weights, `encoder.json` with all one needs to use them.
 
-    from mnemos.engine.weights import load_encoder
-    encoder = load_encoder("runs/sample/stages/05-pathology")
-    features = encoder.features("xray", "film.png")  # [1, D]
+from mnemos.engine.weights import load_encoder
+encoder = load_encoder("runs/sample/stages/05-pathology")
+features = encoder.features("xray", "film.png")  # [1, D]
 """
 
 import json
@@ -81,9 +81,13 @@ def read_card(directory: Path) -> dict[str, Any]:
     try:
         card: dict[str, Any] = json.loads((directory / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{directory} holds no encoder; name a stage's folder with {WEIGHTS} and {CARD}") from None
+        raise UserError(
+            f"{directory} holds no encoder; name a stage's folder with {WEIGHTS} and {CARD}"
+        ) from None
     if card.get("format") != FORMAT:
-        raise UserError(f"{directory / CARD} has format {card.get('format')!r}; this version reads {FORMAT!r}")
+        raise UserError(
+            f"{directory / CARD} has format {card.get('format')!r}; this version reads {FORMAT!r}"
+        )
     return card
 
 
@@ -102,7 +106,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     try:
         return load_file(directory / WEIGHTS)
     except Exception as error:
-        raise UserError(f"{directory / WEIGHTS} cannot be read ({error}); restore it or train the stage again") from None
+        raise UserError(
+            f"{directory / WEIGHTS} cannot be read ({error}); restore it or train the stage again"
+        ) from None
 
 
 def read_encoder(directory: Path) -> Encoder:
@@ -164,7 +170,9 @@ class PretrainedEncoder:
             data = data[:, None]
         return self.encode_all(record["modality"]["kind"], data, scales, shifts), None
 
-    def encode_all(self, kind: ImageKind, data: Tensor, scales: Sequence[float], shifts: Sequence[float]) -> Tensor:
+    def encode_all(
+        self, kind: ImageKind, data: Tensor, scales: Sequence[float], shifts: Sequence[float]
+    ) -> Tensor:
         """Return features [N, 1 + L, D] of stored samples with nothing masked."""
         return encode_unmasked(
             self.encoder,
@@ -181,7 +189,9 @@ class PretrainedEncoder:
         return torch.tensor([ids or [PAD]], device=self.device)
 
 
-def encode_unmasked(encoder: Encoder, kind: ImageKind, data: Tensor, scale_B: Tensor, shift_B: Tensor) -> Tensor:
+def encode_unmasked(
+    encoder: Encoder, kind: ImageKind, data: Tensor, scale_B: Tensor, shift_B: Tensor
+) -> Tensor:
     """Return features [B, 1 + L, D] of stored images [B, C, Y, X] or volumes [B, 1, Z, Y, X], nothing masked."""
     edges, channels = patch_edges(encoder.shape, kind)
     patches_BLP = all_patches(data, patch=edges, channels=channels, scale_B=scale_B, shift_B=shift_B)

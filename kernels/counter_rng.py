@@ -9,44 +9,19 @@ Source: the finaliser of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudo
 Shape suffixes: B = samples, N = numbers per sample.
 """
 
-import zlib
-
 import torch
 from torch import Tensor
 
-_WORD = 1 << 64
-_GOLDEN = 0x9E3779B97F4A7C15
-_MUL_1 = 0xBF58476D1CE4E5B9
-_MUL_2 = 0x94D049BB133111EB
+from mnemos.kernels.stream_key import GOLDEN, MUL_1, MUL_2, signed, stream_key
 
-
-def _signed(word: int) -> int:
-    """Return the int64 with the bits of an unsigned 64-bit word."""
-    word %= _WORD
-    return word - _WORD if word >= _WORD // 2 else word
-
-
-def _mix_int(word: int) -> int:
-    word %= _WORD
-    word = (word ^ (word >> 30)) * _MUL_1 % _WORD
-    word = (word ^ (word >> 27)) * _MUL_2 % _WORD
-    return word ^ (word >> 31)
+__all__ = ["random_bits", "stream_key", "uniform"]
 
 
 def _mix(word: Tensor) -> Tensor:
     """Apply the splitmix64 finaliser; int64 shifts are arithmetic, so the sign bits are masked off."""
-    word = (word ^ ((word >> 30) & 0x3FFFFFFFF)) * _signed(_MUL_1)
-    word = (word ^ ((word >> 27) & 0x1FFFFFFFFF)) * _signed(_MUL_2)
+    word = (word ^ ((word >> 30) & 0x3FFFFFFFF)) * signed(MUL_1)
+    word = (word ^ ((word >> 27) & 0x1FFFFFFFFF)) * signed(MUL_2)
     return word ^ ((word >> 31) & 0x1FFFFFFFF)
-
-
-def stream_key(seed: int, *parts: int | str) -> int:
-    """Return the int64 key of one stream of random numbers, such as (seed, "mask", stage, epoch)."""
-    word = _mix_int(seed + _GOLDEN)
-    for part in parts:
-        number = zlib.crc32(part.encode()) if isinstance(part, str) else part
-        word = _mix_int(word + _GOLDEN * (number + 1))
-    return _signed(word)
 
 
 def random_bits(key: int, place_B: Tensor, num: int) -> Tensor:
@@ -58,8 +33,8 @@ def random_bits(key: int, place_B: Tensor, num: int) -> Tensor:
         num: numbers per sample.
     """
     index_N = torch.arange(1, num + 1, device=place_B.device, dtype=torch.int64)
-    state_B = _mix(place_B * _signed(_GOLDEN) + key)
-    return _mix(state_B[:, None] + index_N * _signed(_GOLDEN))
+    state_B = _mix(place_B * signed(GOLDEN) + key)
+    return _mix(state_B[:, None] + index_N * signed(GOLDEN))
 
 
 def uniform(key: int, place_B: Tensor, num: int) -> Tensor:

@@ -52,56 +52,16 @@ def masked_patch_mse_reference(pred_BMP: Tensor, *args: Any) -> Tensor:
     return difference_reference(pred_BMP, *args).square().sum() / pred_BMP.shape[-1]
 
 
-# ---- device code: one program per patch, statistics in fp32.
+# ---- device code: one program per patch, statistics in fp32. Forward and backward differ in the last lines only.
 @triton.jit
-def _patch_difference(
-    row,  # int64
-    pred_ptr,
-    images_ptr,
-    ids_ptr,
-    scale_ptr,
-    flip_ptr,
-    M,
-    Z,
-    Y,
-    X,
-    eps,
-    P: tl.constexpr,
-    STORED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SIDE_Z: tl.constexpr,
-    SIDE_Y: tl.constexpr,
-    SIDE_X: tl.constexpr,
-    AXES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return prediction - target of one patch in fp32, 0 past its end."""
-    sample = row // M
-    if flip_ptr is not None:
-        flip_ptr += sample * AXES
-    images_ptr += sample * (Z * Y * X * STORED)
-    patch_id = tl.load(ids_ptr + row)
-    value = tl.arange(0, BLOCK)
-    inside = value < P
-    offset = patch_offsets(value, patch_id, flip_ptr, Z, Y, X, STORED, CHANNELS, SIDE_Z, SIDE_Y, SIDE_X, AXES)
-    first = patch_offsets(0, patch_id, flip_ptr, Z, Y, X, STORED, CHANNELS, SIDE_Z, SIDE_Y, SIDE_X, AXES)
-    pred = tl.load(pred_ptr + row * P + value, mask=inside, other=0.0).to(tl.float32)
-    raw = tl.load(images_ptr + offset, mask=inside, other=0).to(tl.float32)
-    raw = tl.where(inside, raw - tl.load(images_ptr + first).to(tl.float32), 0.0)
-    centred = tl.where(inside, raw - tl.sum(raw, 0) / P, 0.0)
-    scale = tl.load(scale_ptr + sample)
-    variance = scale * scale * (tl.sum(centred * centred, 0) / (P - 1))
-    return tl.where(inside, pred - centred * (scale / tl.sqrt(variance + eps)), 0.0)
-
-
-@triton.jit
-def _masked_patch_mse_fwd_kernel(
+def _masked_patch_mse_kernel(
     pred_ptr,  # [R, P]
     images_ptr,  # [B, STORED, Z, Y, X] uint8, int16 or floating
     ids_ptr,  # [R] int64
     scale_ptr,  # [B] fp32
     flip_ptr,  # [B, AXES] bool, or None
-    loss_ptr,  # [R] fp32 out
+    upstream_ptr,  # [] fp32; None asks for the loss
+    out_ptr,  # [R] fp32 losses, or [R, P] gradients
     M,
     Z,
     Y,
@@ -117,44 +77,27 @@ def _masked_patch_mse_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # R * P passes 2**31 for a large batch of volumes
-    diff = _patch_difference(
-        row, pred_ptr, images_ptr, ids_ptr, scale_ptr, flip_ptr, M, Z, Y, X, eps,
-        P, STORED, CHANNELS, SIDE_Z, SIDE_Y, SIDE_X, AXES, BLOCK,
-    )  # fmt: skip
-    tl.store(loss_ptr + row, tl.sum(diff * diff, 0) / P)
-
-
-@triton.jit
-def _masked_patch_mse_bwd_kernel(
-    upstream_ptr,  # [] fp32
-    pred_ptr,  # [R, P]
-    images_ptr,  # [B, STORED, Z, Y, X]
-    ids_ptr,  # [R] int64
-    scale_ptr,  # [B] fp32
-    flip_ptr,  # [B, AXES] bool, or None
-    grad_ptr,  # [R, P] out
-    M,
-    Z,
-    Y,
-    X,
-    eps,
-    P: tl.constexpr,
-    STORED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SIDE_Z: tl.constexpr,
-    SIDE_Y: tl.constexpr,
-    SIDE_X: tl.constexpr,
-    AXES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    diff = _patch_difference(
-        row, pred_ptr, images_ptr, ids_ptr, scale_ptr, flip_ptr, M, Z, Y, X, eps,
-        P, STORED, CHANNELS, SIDE_Z, SIDE_Y, SIDE_X, AXES, BLOCK,
-    )  # fmt: skip
-    grad = diff * (tl.load(upstream_ptr) * 2.0 / P)
+    sample = row // M
+    if flip_ptr is not None:
+        flip_ptr += sample * AXES
+    images_ptr += sample * (Z * Y * X * STORED)
+    patch_id = tl.load(ids_ptr + row)
     value = tl.arange(0, BLOCK)
-    tl.store(grad_ptr + row * P + value, grad.to(grad_ptr.dtype.element_ty), mask=value < P)
+    inside = value < P
+    offset = patch_offsets(value, patch_id, flip_ptr, Z, Y, X, STORED, CHANNELS, SIDE_Z, SIDE_Y, SIDE_X, AXES)
+    first = patch_offsets(0, patch_id, flip_ptr, Z, Y, X, STORED, CHANNELS, SIDE_Z, SIDE_Y, SIDE_X, AXES)
+    pred = tl.load(pred_ptr + row * P + value, mask=inside, other=0.0).to(tl.float32)
+    raw = tl.load(images_ptr + offset, mask=inside, other=0).to(tl.float32)
+    raw = tl.where(inside, raw - tl.load(images_ptr + first).to(tl.float32), 0.0)
+    centred = tl.where(inside, raw - tl.sum(raw, 0) / P, 0.0)
+    scale = tl.load(scale_ptr + sample)
+    variance = scale * scale * (tl.sum(centred * centred, 0) / (P - 1))
+    diff = pred - centred * (scale / tl.sqrt(variance + eps))  # 0 past the end of the patch
+    if upstream_ptr is None:
+        tl.store(out_ptr + row, tl.sum(diff * diff, 0) / P)
+    else:
+        grad = diff * (tl.load(upstream_ptr) * 2.0 / P)
+        tl.store(out_ptr + row * P + value, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_masked_patch_mse(
@@ -165,35 +108,24 @@ def launch_masked_patch_mse(
     channels: int,
     scale_B: Tensor,
     flip_BA: Tensor | None,
+    upstream: Tensor | None = None,
 ) -> Tensor:
-    """Run the forward device code; shapes were checked by the public function."""
-    loss_R = pred_BMP.new_empty(ids_BM.numel(), dtype=torch.float32)
+    """Run the device code; shapes were checked by the public function.
+
+    Returns:
+        The loss, or the gradient of the prediction (in its type) where an upstream gradient is given.
+    """
+    num_rows = ids_BM.numel()
+    if upstream is None:
+        out = pred_BMP.new_empty(num_rows, dtype=torch.float32)
+    else:
+        out = torch.empty_like(pred_BMP)
     block, num_warps = row_launch(pred_BMP.shape[-1])
-    _masked_patch_mse_fwd_kernel[(ids_BM.numel(),)](
-        pred_BMP, images, ids_BM, scale_B, flip_BA, loss_R, ids_BM.shape[1], eps=EPS,
+    _masked_patch_mse_kernel[(num_rows,)](
+        pred_BMP, images, ids_BM, scale_B, flip_BA, upstream, out, ids_BM.shape[1], eps=EPS,
         **geometry(images, patch, channels), BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
-    return loss_R.sum()
-
-
-def launch_masked_patch_mse_backward(
-    upstream: Tensor,
-    pred_BMP: Tensor,
-    images: Tensor,
-    ids_BM: Tensor,
-    patch: Sequence[int],
-    channels: int,
-    scale_B: Tensor,
-    flip_BA: Tensor | None,
-) -> Tensor:
-    """Run the backward device code; return the gradient of the prediction, in its type."""
-    grad_BMP = torch.empty_like(pred_BMP)
-    block, num_warps = row_launch(pred_BMP.shape[-1])
-    _masked_patch_mse_bwd_kernel[(ids_BM.numel(),)](
-        upstream, pred_BMP, images, ids_BM, scale_B, flip_BA, grad_BMP, ids_BM.shape[1], eps=EPS,
-        **geometry(images, patch, channels), BLOCK=block, num_warps=num_warps,
-    )  # fmt: skip
-    return grad_BMP
+    return out.sum() if upstream is None else out
 
 
 # ---- custom ops: forward and backward, each for CUDA and CPU. The second result of forward is what backward needs:
@@ -237,7 +169,7 @@ def _bwd(
     scale: Tensor,
     flip: Tensor | None,
 ) -> Tensor:
-    return launch_masked_patch_mse_backward(upstream, pred, images, ids, patch, channels, scale, flip)
+    return launch_masked_patch_mse(pred, images, ids, patch, channels, scale, flip, upstream)
 
 
 @_bwd.register_kernel("cpu")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -303,10 +304,14 @@ class _SplitWriter:
         )
 
     def abandon(self) -> None:
-        """Let go of an open file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Let go of an open shard; it is about to be removed, so a full disk does not matter any more."""
+        with suppress(OSError):
+            if self._tar is not None:
+                self._tar.close()
+        with suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        self._tar = self._file = None
 
     def _open_shard(self) -> None:
         from webdataset import TarWriter
@@ -316,9 +321,10 @@ class _SplitWriter:
         self._samples = 0
 
     def _finish_shard(self) -> None:
+        assert self._file is not None, "a shard is open while it is being finished"
         self._tar.close()
-        self.abandon()
-        self._tar = None
+        self._file.close()
+        self._tar = self._file = None
         path = self._folder / f"{len(self._shards):06d}.tar"
         size = path.stat().st_size
         self._shards.append(

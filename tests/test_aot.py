@@ -46,7 +46,12 @@ def test_amdgcn_text_is_read() -> None:
 def test_every_kernel_compiles_for_every_target() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "bench/aot.py"], cwd=REPO, env=environment, capture_output=True, text=True
+        [sys.executable, "bench/aot.py"],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for target in aot.TARGETS:
@@ -60,5 +65,6 @@ def test_interpreter_is_refused() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.returncode == 2 and done.stderr.startswith("TRITON_INTERPRET is set")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mnemos.kernels.masked_patch_mse import (
     launch_masked_patch_mse,
-    launch_masked_patch_mse_backward,
     masked_patch_mse,
     masked_patch_mse_reference,
 )
@@ -57,7 +56,7 @@ def test_device_code_and_public_function_match_slices(
         made["flip"] if flip else None,
     )
     loss = launch_masked_patch_mse(*args)
-    grad = launch_masked_patch_mse_backward(torch.tensor(UPSTREAM, device=device), *args)
+    grad = launch_masked_patch_mse(*args, torch.tensor(UPSTREAM, device=device))
     assert_as_accurate_as_eager("device code, loss", loss.cpu(), loss_eager, loss_oracle)
     assert_as_accurate_as_eager("device code, gradient", grad.cpu(), grad_eager, grad_oracle)
 
@@ -100,14 +99,8 @@ def test_a_step_of_one_unit_far_from_zero_keeps_its_digits(device: torch.device)
     target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
     pred = torch.zeros(1, 1, 4096)
     tensors = (tensor.to(device) for tensor in (pred, images, ids))
-    grad = launch_masked_patch_mse_backward(
-        torch.tensor(2048.0, device=device),
-        *tensors,
-        (16, 16, 16),
-        1,
-        torch.full((1,), 1 / 1024, device=device),
-        None,
-    )
+    scale, upstream = torch.full((1,), 1 / 1024, device=device), torch.tensor(2048.0, device=device)
+    grad = launch_masked_patch_mse(*tensors, (16, 16, 16), 1, scale, None, upstream)
     torch.testing.assert_close(grad.cpu().double().flatten(), -target, rtol=1e-5, atol=0)
 
 

@@ -81,7 +81,7 @@ def raw_patches(
     z_BKz = _mirrored(_along(iz_BK, side_z), Z, flip_z)
     y_BKy = _mirrored(_along(iy_BK, side_y), Y, flip_y)
     # A row of a patch lies in one piece; copied as few long words it costs a CPU a fraction of the time.
-    word = _word(side_x * images.itemsize, images.storage_offset() * images.itemsize)
+    word = _word(side_x * images.itemsize, int(images.storage_offset()) * images.itemsize)
     num_words = side_x * images.itemsize // word.itemsize
     sample_B = torch.arange(B, device=device) if source_B is None else source_B
     line_BKzy = (sample_B[:, None, None] * (C * Z) + z_BKz)[..., None] * Y + y_BKy[:, :, None]

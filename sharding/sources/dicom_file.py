@@ -47,6 +47,7 @@ def read_pixels(path: Path) -> tuple["Dataset", np.ndarray]:
     Raises:
         DataError: as ``read_header``, several frames, or pixels that cannot be decoded.
     """
+    from pydicom.pixels.decoders.base import get_decoder
     from pydicom.pixels.utils import pixel_array
 
     header = read_header(path)
@@ -54,10 +55,15 @@ def read_pixels(path: Path) -> tuple["Dataset", np.ndarray]:
     if frames != 1:
         raise DataError(f"it holds {frames} frames; store one a file, or convert it to NIfTI")
     dataset = _read(path, pixels=True)
+    syntax = dataset.file_meta.TransferSyntaxUID
     try:
+        if not get_decoder(syntax).is_available:
+            raise DataError(f"it is compressed as {syntax.name}, which needs `pip install python-gdcm`")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pixels = pixel_array(dataset)
+    except DataError:
+        raise
     except Exception as error:  # every plug-in raises its own classes
         raise DataError(f"its pixels cannot be decoded ({_first_line(error)})") from error
     if pixels.shape[:2] != (header.Rows, header.Columns):

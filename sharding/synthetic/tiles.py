@@ -10,15 +10,15 @@ Legend: N samples, K nuclei, Y, X pixels.
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.sharding.synthetic.drawing import F32, edge, smooth_field, turn, uniform
+from mnemos.sharding.synthetic.drawing import F32, edge, mix, smooth_field, turn, uniform
 
 CLASSES = ("glandular", "nested", "diffuse")
-NUCLEI = 44
+NUCLEI = 64
 WINDOW = 15  # pixels a side in which a nucleus is drawn
 
 # Optical density of the pure stains in red, green, blue (Ruifrok and Johnston, 2001).
 HAEMATOXYLIN = np.array([0.65, 0.70, 0.29], np.float32)
-EOSIN = np.array([0.07, 0.99, 0.11], np.float32)
+EOSIN = np.array([0.16, 0.90, 0.42], np.float32)
 
 
 def draw_tiles(labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: np.random.Generator, size: int = 64) -> npt.NDArray[np.uint8]:
@@ -47,34 +47,39 @@ def draw_tiles(labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: 
     u, v = x + warp_x, y + warp_y
 
     # Architecture: ``inside`` falls from 1 in the middle of a gland or nest to below 0 in the stroma between them.
-    spacing = tissue(0.85, 1.15)
+    spacing = tissue(0.75, 1.1)
     inside = _islands(u, v, spacing, tile(0, 1), tile(0, 1))
     loose = smooth_field(rng, num, size, 5)
     kind = labels[:, None, None]
-    epithelium = np.where(kind == 2, 0.5 + 0.25 * smooth_field(rng, num, size, 3), edge(0.28 - inside, 0.2)).astype(np.float32)
+    cells = np.where(kind == 2, smooth_field(rng, num, size, 3), inside).astype(np.float32)
+    epithelium = _top_share(cells, tile(0.25, 0.5), 0.3)
     gaps = np.where(kind == 0, inside, np.where(kind == 1, 1 - np.abs(inside - 0.2) + 0.15 * loose, loose)).astype(np.float32)
-    white = _top_share(gaps, tile(0.03, 0.16), 0.08)
+    white = _top_share(gaps, tile(0.08, 0.28), 0.04)
 
     # Where a nucleus may lie, as a weight for every pixel.
-    ring = np.exp(-(((inside - 0.5) / 0.1) ** 2))
-    solid = edge(0.35 - inside, 0.15)
-    weight = np.where(kind == 0, ring + 0.06 * (inside < 0.25), np.where(kind == 1, solid + 0.04, 1.0)) * (1 - white) + 1e-4
-    nuclei, chromatin = _nuclei(weight.astype(np.float32), rng, tissue(2.6, 3.6) / zoom, angle, tissue(0.1, 0.5))
+    ring = np.exp(-(((inside - 0.42) / 0.11) ** 2))
+    solid = edge(0.3 - inside, 0.15)
+    weight = np.where(kind == 0, ring + 0.02, np.where(kind == 1, solid + 0.02, 0.4 + epithelium)) * (1 - white) + 1e-4
+    radius = tissue(3.2, 4.4) / zoom
+    nuclei, chromatin = _nuclei(weight.astype(np.float32), rng, radius, tissue(16, 24) * zoom**2, angle, tissue(0.1, 0.5))
 
-    fibre = np.cos(2 * np.pi * (tissue(2.2, 3.6) * v + 0.6 * smooth_field(rng, num, size, 3)))
+    white = white * (1 - nuclei)
+    fibre = np.cos(2 * np.pi * (tissue(1.2, 2.0) * v + 0.4 * smooth_field(rng, num, size, 4)))
     cloud = smooth_field(rng, num, size, 4)
-    eosin = 0.55 + 0.25 * fibre * (1 - 0.7 * epithelium) - 0.1 * epithelium + 0.12 * cloud
-    eosin = eosin * (1 - 0.5 * nuclei)
-    haema = 0.12 + 0.14 * epithelium + 0.05 * cloud + nuclei * (0.75 + 0.25 * chromatin)
-    eosin, haema = _match(eosin, rng, 1.0), _match(haema, rng, 3.0)
-    eosin, haema = eosin * (1 - white), haema * (1 - white)
+    eosin = 0.22 * fibre * (1 - 0.8 * epithelium) - 0.25 * epithelium + 0.25 * cloud
+    eosin = _match(eosin.astype(np.float32), rng)
+    haema = tissue(0.03, 0.4) + 0.22 * epithelium + 0.04 * cloud
+    haema = mix(haema, tile(0.75, 1.0) + 0.35 * chromatin, nuclei) * (1 - white) + 0.02
+    eosin = mix(eosin, 0.35, nuclei) * (1 - white) + 0.02
 
-    stain_h, stain_e = (_stain(vector, rng, int(of_N.max()) + 1)[of_N] for vector in (HAEMATOXYLIN, EOSIN))
+    num_groups = int(of_N.max()) + 1
+    stain_h, stain_e = (_stain(vector, rng, num_groups)[of_N] for vector in (HAEMATOXYLIN, EOSIN))
     density = (
-        tissue(0.9, 1.4)[:, None] * haema[:, None] * stain_h[:, :, None, None]
-        + tissue(0.35, 0.75)[:, None] * eosin[:, None] * stain_e[:, :, None, None]
+        (tissue(1.0, 1.9) * haema)[:, None] * stain_h[:, :, None, None]
+        + (tissue(0.25, 1.1) * eosin)[:, None] * stain_e[:, :, None, None]
     )
-    light = (250 - 12 * tile(0, 1)[:, None]) * np.exp(-density) + tile(0.5, 2.0)[:, None] * rng.standard_normal((num, 3, size, size), np.float32)
+    lamp = tile(235, 252)[:, None] * np.exp(0.015 * rng.standard_normal((num, 3, 1, 1), np.float32))
+    light = lamp * np.exp(-density) + tile(0.5, 1.5)[:, None] * rng.standard_normal((num, 3, size, size), np.float32)
     return np.rint(np.clip(light, 0, 255)).astype(np.uint8)
 
 
@@ -85,46 +90,61 @@ def _islands(u: F32, v: F32, spacing: F32, shift_u: F32, shift_v: F32) -> F32:
     return np.asarray(waves / 3, np.float32)
 
 
-def _top_share(field: F32, share: F32, softness: float) -> F32:
-    """Return 1 on the ``share`` of pixels with the highest values, 0 elsewhere, with a soft boundary."""
-    flat = np.sort(field.reshape(len(field), -1), axis=1)
-    place = ((1 - share.reshape(-1)) * (flat.shape[1] - 1)).astype(int)
-    level = flat[np.arange(len(flat)), place][:, None, None]
-    return edge(level - field, softness)
+def _top_share(field: F32, share: F32, ramp: float) -> F32:
+    """Return 1 on the ``share`` of pixels with the highest values, 0 elsewhere; the ramp between takes the share ``ramp``."""
+    num, pixels = len(field), field[0].size
+    rank = np.empty((num, pixels), np.float32)
+    order = np.argsort(field.reshape(num, -1), axis=1, kind="stable")
+    np.put_along_axis(rank, order, np.linspace(0, 1, pixels, dtype=np.float32)[None], axis=1)
+    return edge(1 - share - rank.reshape(field.shape), ramp)
 
 
-def _nuclei(weight: F32, rng: np.random.Generator, radius: F32, angle: F32, stretch: F32) -> tuple[F32, F32]:
-    """Place NUCLEI ellipses where ``weight`` is high: coverage and chromatin texture, each [N, Y, X]."""
+def _place(weight: F32, rng: np.random.Generator, reach: F32) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Choose NUCLEI places per tile, most likely where ``weight`` is high, at least ``reach`` pixels apart: rows, columns.
+
+    Gumbel noise on the log weight makes the largest score a draw by weight; a disc around each place taken is closed.
+    """
     num, height, width = weight.shape
-    total = np.cumsum(weight.reshape(num, -1), axis=1)
-    shots = rng.random((num, NUCLEI), np.float32) * total[:, -1:]
-    spots = np.stack([np.searchsorted(total[i], shots[i]) for i in range(num)]).clip(0, height * width - 1)
-    row, col = spots // width, spots % width
-    offset = np.arange(WINDOW) - WINDOW // 2
-    dy = offset[None, None, :, None] + rng.uniform(-0.5, 0.5, (num, NUCLEI, 1, 1)).astype(np.float32)
-    dx = offset[None, None, None, :] + rng.uniform(-0.5, 0.5, (num, NUCLEI, 1, 1)).astype(np.float32)
-    tilt = angle[..., None] + rng.normal(0, 0.4, (num, NUCLEI, 1, 1)).astype(np.float32)
-    r = radius[..., None] * rng.uniform(0.8, 1.25, (num, NUCLEI, 1, 1)).astype(np.float32)
-    p, q = turn(dx, dy, tilt)
+    score = np.log(weight) - np.log(-np.log(rng.random(weight.shape, np.float32) * 0.999 + 5e-4))
+    axis = np.arange(height, dtype=np.float32)
+    rows, columns = np.empty((2, num, NUCLEI), np.intp)
+    for k in range(NUCLEI):
+        rows[:, k], columns[:, k] = np.divmod(score.reshape(num, -1).argmax(axis=1), width)
+        far_y = (axis - rows[:, k, None]) ** 2
+        far_x = (axis - columns[:, k, None]) ** 2
+        score[far_y[:, :, None] + far_x[:, None, :] < reach * reach] = -np.inf
+    return rows, columns
+
+
+def _nuclei(weight: F32, rng: np.random.Generator, radius: F32, count: F32, angle: F32, stretch: F32) -> tuple[F32, F32]:
+    """Place ``count`` elliptic nuclei where ``weight`` is high: coverage and chromatin texture, each [N, Y, X]."""
+    num, height, width = weight.shape
+    rows, columns = _place(weight[:, ::2, ::2], rng, radius * 0.85)
+    offset = np.arange(WINDOW, dtype=np.float32) - WINDOW // 2
+    shape = (num, NUCLEI, 1, 1)
+    dy = offset[:, None] + rng.uniform(-1, 1, shape).astype(np.float32)
+    dx = offset[None, :] + rng.uniform(-1, 1, shape).astype(np.float32)
+    r = radius[..., None] * rng.uniform(0.85, 1.2, shape).astype(np.float32)
+    p, q = turn(dx, dy, angle[..., None] + rng.normal(0, 0.4, shape).astype(np.float32))
     long = 1 + stretch[..., None]
     distance = np.sqrt((p / long) ** 2 + (q * np.sqrt(long)) ** 2) - r
-    cover = edge(distance, 1.4)
-    grain = cover * (0.5 + 0.5 * np.clip(distance / r + 1, 0, 1))
+    cover = edge(distance, 1.6) * (np.arange(NUCLEI)[:, None, None] < count[..., None])
+    texture = cover * np.clip(distance / r + rng.uniform(0.6, 1.3, shape), 0, 1)
     canvas = np.zeros((2, num, height + 2 * WINDOW, width + 2 * WINDOW), np.float32)
-    at = (np.arange(num)[:, None, None, None], (row[..., None, None] + offset[:, None] + WINDOW), (col[..., None, None] + offset[None, :] + WINDOW))
-    np.maximum.at(canvas[0], at, cover)
-    np.maximum.at(canvas[1], at, grain)
-    inner = (slice(None), slice(None), slice(WINDOW, -WINDOW), slice(WINDOW, -WINDOW))
-    nuclei, chromatin = canvas[inner]
+    step = np.arange(WINDOW) + WINDOW - WINDOW // 2
+    at = (np.arange(num)[:, None, None, None], 2 * rows[..., None, None] + step[:, None], 2 * columns[..., None, None] + step)
+    np.maximum.at(canvas[0], at, cover.astype(np.float32))
+    np.maximum.at(canvas[1], at, texture.astype(np.float32))
+    nuclei, chromatin = canvas[:, :, WINDOW:-WINDOW, WINDOW:-WINDOW]
     return nuclei, chromatin
 
 
-def _match(field: F32, rng: np.random.Generator, power: float) -> F32:
-    """Give every field, by rank, the values p ** (power * random) of a uniform p in (0, 1)."""
+def _match(field: F32, rng: np.random.Generator) -> F32:
+    """Give every field, by rank, values between about 0.3 and 1 with a mean of its own."""
     num = len(field)
     flat = field.reshape(num, -1)
     p = (np.arange(flat.shape[1], dtype=np.float32) + 0.5) / flat.shape[1]
-    curve = p ** (power * np.exp(uniform(rng, -0.2, 0.2, num, 1)))
+    curve = 0.3 + 0.7 * p ** np.exp(uniform(rng, -0.4, 0.4, num, 1))
     matched = np.empty_like(flat)
     np.put_along_axis(matched, np.argsort(flat, axis=1, kind="stable"), curve.astype(np.float32), axis=1)
     return matched.reshape(field.shape)
@@ -132,5 +152,5 @@ def _match(field: F32, rng: np.random.Generator, power: float) -> F32:
 
 def _stain(vector: F32, rng: np.random.Generator, num: int) -> F32:
     """Draw ``num`` variants of a stain's optical density vector, [num, 3]."""
-    varied = vector * np.exp(rng.normal(0, 0.18, (num, 3))) + 0.03
+    varied = vector * np.exp(rng.normal(0, 0.1, (num, 3)))
     return np.asarray(varied / np.linalg.norm(varied, axis=1, keepdims=True), np.float32)

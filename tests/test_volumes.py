@@ -1,0 +1,250 @@
+"""Volumes keep their orientation, their millimetres and their values on the way into a shard."""
+
+import itertools
+from dataclasses import replace
+
+import nibabel
+import numpy as np
+import pytest
+from sample_files import head, write_nifti, write_series
+
+from mnemos.sharding.errors import DataError, LeftOut
+from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, StoredSize
+from mnemos.sharding.preprocess import resample, volume_samples
+from mnemos.sharding.sources import dicom, volumes
+from mnemos.sharding.sources.units import RawVolume
+from mnemos.sharding.sources.volumes import read_nifti
+
+SAMPLE, PAPER = STORED_SIZES["sample"], STORED_SIZES["base"]
+CT, MRI = MODALITIES["ct"], MODALITIES["mri"]
+
+
+def marked_volume() -> np.ndarray:
+    """Return [Z, Y, X] = [5, 7, 9] whose every voxel names its place, with 0 at foot, front, right."""
+    return np.arange(5 * 7 * 9, dtype=np.int16).reshape(5, 7, 9)
+
+
+@pytest.mark.parametrize("flips", list(itertools.product((1, -1), repeat=3)), ids=str)
+def test_nifti_axes_are_brought_into_patient_order(tmp_path, flips):
+    """Every order and direction of the voxel axes, honestly described by the affine, reads as one volume."""
+    truth_ZYX = marked_volume()
+    values_RAS = truth_ZYX.transpose(2, 1, 0)[::-1, ::-1]  # towards right and front, as the affine's axes run
+    spacing_RAS = np.array([2.0, 3.0, 5.0])
+    for order in itertools.permutations(range(3)):
+        affine = np.zeros((4, 4))
+        affine[3] = affine[:3, 3] = 1
+        values = values_RAS.transpose(order)
+        for column, axis in enumerate(order):
+            affine[axis, column] = flips[column] * spacing_RAS[axis]
+            if flips[column] < 0:
+                values = np.flip(values, column)
+        raw = read_nifti(write_nifti(tmp_path / "volume.nii.gz", values, affine))
+        np.testing.assert_array_equal(raw.values_ZYX, truth_ZYX)
+        np.testing.assert_allclose(raw.spacing_mm, (5.0, 3.0, 2.0))
+        assert not raw.doubtful
+
+
+def test_named_axes_override_a_made_up_header(tmp_path):
+    truth_ZYX = marked_volume()
+    values_LPS = np.ascontiguousarray(truth_ZYX.transpose(2, 1, 0))
+    path = write_nifti(tmp_path / "volume.nii", values_LPS, np.diag([2.0, 3.0, 5.0, 1.0]))
+    believed = read_nifti(path)
+    assert believed.doubtful, "a header without a position deserves a second look"
+    np.testing.assert_array_equal(believed.values_ZYX, truth_ZYX[:, ::-1, ::-1])
+    named = read_nifti(path, "LPS")
+    np.testing.assert_array_equal(named.values_ZYX, truth_ZYX)
+    assert named.spacing_mm == (5.0, 3.0, 2.0) and not named.doubtful
+
+
+def test_nifti_slope_units_and_fourth_axis(tmp_path):
+    image = nibabel.Nifti1Image(np.full((6, 6, 6, 1), 100, np.int16), np.diag([1e-3, 1e-3, 2e-3, 1.0]))
+    image.header.set_slope_inter(2.0, -1024.0)
+    image.header.set_xyzt_units("meter")
+    image.to_filename(tmp_path / "volume.nii.gz")
+    raw = read_nifti(tmp_path / "volume.nii.gz")
+    assert raw.values_ZYX.shape == (6, 6, 6)
+    np.testing.assert_allclose(raw.values_ZYX, 2 * 100 - 1024)
+    np.testing.assert_allclose(raw.spacing_mm, (2.0, 1.0, 1.0), rtol=1e-5)
+
+
+def test_voxels_that_are_no_number_become_the_lowest_value(tmp_path):
+    values = np.random.default_rng(0).normal(5, 1, (6, 6, 6)).astype(np.float32)
+    values[0] = np.nan
+    raw = read_nifti(write_nifti(tmp_path / "volume.nii", values, np.diag([-1.0, -1.0, 1.0, 1.0])))
+    assert (raw.values_ZYX[:, :, 0] == np.nanmin(values)).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 8, 3)], ids=["two dimensions", "three frames"])
+def test_nifti_of_other_dimensions_is_refused(tmp_path, shape):
+    path = write_nifti(tmp_path / "volume.nii.gz", np.zeros(shape, np.int16), np.eye(4))
+    with pytest.raises(DataError, match=r"dimensions|frames"):
+        read_nifti(path)
+
+
+def test_a_nifti_header_that_declares_too_much_is_refused_before_reading(tmp_path):
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.float64)
+    header.set_data_shape((32767, 32767, 32767))
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    (tmp_path / "lie.nii").write_bytes(header.binaryblock + bytes(4096))
+    with pytest.raises(DataError, match="2 GiB"):
+        read_nifti(tmp_path / "lie.nii")
+
+
+def test_a_truncated_nifti_is_refused(tmp_path):
+    path = write_nifti(tmp_path / "volume.nii.gz", head(), np.eye(4))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_nifti(path)
+
+
+def test_absurd_spacing_is_refused(tmp_path):
+    path = write_nifti(tmp_path / "volume.nii", np.ones((4, 4, 4), np.int16), np.diag([900.0, 1, 1, 1]))
+    with pytest.raises(DataError, match="900"):
+        read_nifti(path)
+
+
+@pytest.mark.parametrize("from_mm", [(2.5, 0.8, 1.3), (1.0, 1.0, 1.0), (6.5, 4.2, 4.2)], ids=str)
+@pytest.mark.parametrize("to_mm", [SAMPLE.spacing_mm, PAPER.spacing_mm], ids=["sample", "paper"])
+def test_resampling_keeps_millimetres(from_mm, to_mm):
+    """A block of 60 x 48 x 54 mm, off centre, keeps its volume, its place and its edges."""
+    extent_mm, low, high = np.array([130.0, 120, 126]), np.array([25.0, 40, 12]), np.array([85.0, 88, 66])
+    shape = np.round(extent_mm / from_mm).astype(int)
+    inside = []
+    for axis in range(3):
+        edges = np.arange(shape[axis] + 1) * from_mm[axis]
+        covered = np.minimum(edges[1:], high[axis]) - np.maximum(edges[:-1], low[axis])
+        inside.append(np.clip(covered / from_mm[axis], 0, 1))
+    block = np.einsum("z,y,x->zyx", *inside).astype(np.float32)
+    result = resample(block, from_mm, to_mm)
+    assert result.sum() * np.prod(to_mm) == pytest.approx(np.prod(high - low), rel=0.02)
+    for axis in range(3):
+        profile = result.sum(axis=tuple(a for a in range(3) if a != axis))
+        # Both grids share their centre.
+        places = (np.arange(len(profile)) - (len(profile) - 1) / 2) * to_mm[axis] + shape[axis] * from_mm[
+            axis
+        ] / 2
+        assert (profile * places).sum() / profile.sum() == pytest.approx((low + high)[axis] / 2, abs=0.15)
+        inner = np.interp([low[axis] + 10, high[axis] - 10], places, profile)
+        np.testing.assert_allclose(inner, profile.max(), rtol=0.02)
+        outer = np.interp([low[axis] - 10, high[axis] + 10], places, profile)
+        np.testing.assert_allclose(outer, 0, atol=0.02 * profile.max())
+
+
+def test_resampling_does_not_fold_fine_patterns_over():
+    stripes = np.zeros((8, 8, 300), np.float32)
+    stripes[:, :, ::3] = 3.0  # mean 1, three voxels a period
+    inner = resample(stripes, (1, 1, 1), (1, 1, 4))[:, :, 3:-3]
+    np.testing.assert_allclose(inner, 1.0, atol=0.15)  # picking every fourth voxel would give 0 and 3
+
+
+def test_resampling_to_the_same_spacing_changes_nothing():
+    values = head().astype(np.float32)
+    np.testing.assert_array_equal(resample(values, (3, 2, 2), (3, 2, 2)), values)
+
+
+def test_ct_values_are_hounsfield_units_clipped():
+    values = head(0).astype(np.float32)
+    values[:, 20, 20] = 3000  # metal
+    raw = RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm)
+    samples, dropped = volume_samples(raw, CT, SAMPLE)
+    stored = samples[0].values_ZYX
+    assert stored.dtype == np.int16 and stored.shape == SAMPLE.volume
+    assert samples[0].scale == 1 / 1024 and samples[0].shift == 0
+    assert (stored.min(), stored.max()) == (-1024, 1024)
+    np.testing.assert_array_equal(stored[:, 12:52, 12:52], np.clip(values[:8], -1024, 1024))
+    assert (stored[:, :12] == -1024).all(), "what the volume does not cover is air"
+    assert len(samples) == (24 - 8) // 4 + 1 and dropped == 0
+
+
+def test_mr_values_are_z_scores_of_the_volume():
+    random = np.random.default_rng(0)
+    values = random.gamma(2.0, 200.0, (16, 64, 64)).astype(np.float32)
+    samples, _ = volume_samples(RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm), MRI, SAMPLE)
+    middle = values[1:14] if len(values[1:14]) == 13 else values
+    low, high = np.percentile(middle, (0.2, 99.8))
+    clipped = np.clip(middle, low, high)
+    expected = (clipped - clipped.mean()) / clipped.std()
+    sample = samples[0]
+    first = (13 - 8) % 4 // 2
+    model = sample.values_ZYX * sample.scale + sample.shift
+    np.testing.assert_allclose(model, expected[first : first + 8], atol=0.51 * sample.scale)
+
+
+@pytest.mark.parametrize("slices", [24, 36, 41, 60])
+def test_ct_sub_volumes_are_the_centres_of_the_papers_windows(slices):
+    size = replace(PAPER, volume=(16, 8, 8))
+    values = np.zeros((slices, 8, 8), np.float32) + np.arange(slices, dtype=np.float32)[:, None, None]
+    values[:, 0, 0] = -1000  # some air
+    samples, dropped = volume_samples(RawVolume(values_ZYX=values, spacing_mm=(1, 1, 1)), CT, size)
+    starts = [int(sample.values_ZYX[0, 4, 4]) for sample in samples]
+    assert dropped == 0
+    assert np.diff(starts).tolist() == [12] * (len(starts) - 1)
+    assert len(starts) == (slices - 16) // 12 + 1
+    if slices % 12 == 0:
+        assert starts == [4 + 12 * n for n in range(slices // 12 - 1)]
+    assert abs(starts[0] - (slices - 16 - starts[-1])) <= 1, "what is left over is left at both ends alike"
+
+
+def test_the_cut_in_plane_follows_the_body():
+    values = np.full((8, 100, 100), -1000, np.float32)
+    values[:, 60:90, 5:35] = 50
+    values[:, 98, ::8] = 500  # what is dense in a couch
+    samples, _ = volume_samples(RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm), CT, SAMPLE)
+    body = np.argwhere(samples[0].values_ZYX == 50)
+    assert len(body) == 8 * 30 * 30, "the whole body lies in the cut"
+    assert samples[0].values_ZYX.shape == SAMPLE.volume
+
+
+def test_a_wide_ct_loses_its_rim():
+    size = replace(SAMPLE, volume=(8, 200, 200))
+    values = np.full((8, 120, 120), 50, np.float32)
+    values[0, 0, 0] = -1000
+    samples, _ = volume_samples(RawVolume(values_ZYX=values, spacing_mm=(4.0, 3.0, 3.0)), CT, size)
+    assert (samples[0].values_ZYX[4] == 50).sum() == 96 * 96  # 80 % of 360 mm
+    narrow = RawVolume(values_ZYX=values[:, :100, :100], spacing_mm=(4.0, 3.0, 3.0))
+    assert (volume_samples(narrow, CT, size)[0][0].values_ZYX[4] == 50).sum() == 100 * 100
+
+
+def test_nearly_empty_sub_volumes_are_dropped():
+    values = np.full((24, 64, 64), -1000, np.float32)
+    values[:8, 16:48, 16:48] = 50
+    samples, dropped = volume_samples(RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm), CT, SAMPLE)
+    assert (len(samples), dropped) == (2, 3)
+
+
+def test_short_volumes_are_padded_or_left_out():
+    values = np.full((5, 64, 64), 50, np.float32)
+    values[:, 0] = -1000
+    samples, _ = volume_samples(RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm), CT, SAMPLE)
+    filled = (samples[0].values_ZYX == 50).any(axis=(1, 2))
+    assert filled.tolist() == [False] + [True] * 5 + [False] * 2
+    with pytest.raises(LeftOut, match="slices"):
+        volume_samples(RawVolume(values_ZYX=values[:3], spacing_mm=SAMPLE.spacing_mm), CT, SAMPLE)
+
+
+@pytest.mark.parametrize(
+    ("modality", "value", "reason"), [(CT, 300.0, "Hounsfield"), (MRI, 7.0, "one value")], ids=["ct", "mri"]
+)
+def test_values_without_meaning_are_refused(modality, value, reason):
+    raw = RawVolume(values_ZYX=np.full((16, 64, 64), value, np.float32), spacing_mm=SAMPLE.spacing_mm)
+    with pytest.raises(DataError, match=reason):
+        volume_samples(raw, modality, SAMPLE)
+
+
+def test_a_new_modality_has_a_stride_of_half_a_sub_volume():
+    size: StoredSize = replace(SAMPLE, stride={})
+    samples, _ = volume_samples(
+        RawVolume(values_ZYX=head().astype(np.float32), spacing_mm=(4, 3, 3)), CT, size
+    )
+    assert len(samples) == (24 - 8) // 4 + 1
+
+
+def test_dicom_and_nifti_of_one_volume_agree(tmp_path):
+    truth_ZYX = head(shape_ZYX=(10, 16, 12))
+    write_series(tmp_path / "series", truth_ZYX, spacing_mm=(5.0, 2.0, 1.0))
+    series = dicom.read_series(tuple((tmp_path / "series").iterdir()), ("MR",), invert=False)
+    path = write_nifti(tmp_path / "v.nii", truth_ZYX.transpose(2, 1, 0), np.diag([-1.0, -2.0, 5.0, 1.0]))
+    nifti = volumes.read_nifti(path)
+    np.testing.assert_array_equal(series.values_ZYX, nifti.values_ZYX)
+    np.testing.assert_allclose(series.spacing_mm, nifti.spacing_mm)
