@@ -108,9 +108,10 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     given = parser.parse_args(argv)
     overrides = read_file(given.config) if given.config else {}
-    preset = given.preset or overrides.get("preset")
-    overrides.pop("preset", None)
     overrides |= dict(parse_assignment(text) for text in given.assignments)
+    preset = overrides.pop("preset", None)
+    if given.preset is not None:
+        preset = given.preset
     short = {
         "rehearsal.strategy": given.strategy,
         "training.seed": given.seed,
@@ -125,7 +126,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         fresh=given.fresh,
         run=given.run,
         data=given.data,
-        preset=preset,
+        preset=None if preset is None else str(preset),
         overrides=overrides,
         deepspeed_config=given.deepspeed_config,
     )

@@ -100,6 +100,7 @@ def _write_buffer(plan: Plan, stage: Stage, train: ShardSet, embedding_ND: Tenso
         },
         tokenizer_file=tokenizer,
         key=b"",
+        lossless=manifest.payload == "png",
     ) as writer:
         for number in np.sort(chosen):
             writer.add_encoded(
@@ -125,7 +126,7 @@ def drift(plan: Plan, stage: Stage, encoder: Encoder, device: torch.device) -> d
         if earlier.data is None:
             continue
         held_out = ShardSet(earlier.data, "val")
-        if not len(held_out):
+        if len(held_out) < 2:  # no variance to measure against
             continue
         then_ND = embed(read_encoder(earlier.directory).to(device), held_out, device)
         now_ND = embed(encoder, held_out, device)

@@ -4,17 +4,18 @@ Runs on rank 0 alone, without torch. Make semantics: a finished stage is never d
 asked stage is done first.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mnemos.engine.arguments import Arguments
-from mnemos.engine.run_directory import RunDirectory, Status
+from mnemos.engine.run_directory import CARD, WEIGHTS, RunDirectory, Status
 from mnemos.engine.settings import Settings, as_flat, resolve
 from mnemos.engine.slots import Schedule
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import MANIFEST_FILE, Manifest, load_manifest
-from mnemos.sharding.modalities import STORED_SIZES
+from mnemos.sharding.modalities import DEFAULT_ORDER, STORED_SIZES
 
 BUFFER = "buffer"
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -99,8 +100,7 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
         UserError: a mistake in flags, data, or a contradiction with the run.
     """
     run = RunDirectory(arguments.run or Path("runs") / (arguments.preset or "sample"))
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--run {run.path}: is a file; name a folder")
+    run.check()
     begun = run.exists and not arguments.fresh
     if begun:
         settings = run.settings(arguments.preset, arguments.overrides)
@@ -113,8 +113,12 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
         deepspeed = read_deepspeed_config(arguments.deepspeed_config)
     ledger = run.ledger() if begun else {"stages": []}
     known = {entry["name"]: entry for entry in ledger["stages"]}
+    _check_batches(settings, world_size)
     data = arguments.data or (Path(ledger["data"]) if "data" in ledger else None)
-    sets = find_shard_sets(_default_data(settings) if data is None else data)
+    if data is None:
+        _stage_names(arguments.stage, settings, known, DEFAULT_ORDER)  # a wrong name makes no sample shards
+        data = _default_data(settings)
+    sets = find_shard_sets(data)
     names = _stage_names(arguments.stage, settings, known, sets)
     stages = []
     for number, name in enumerate(names, start=1):
@@ -128,7 +132,6 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
                 f"--only {arguments.stage}: the stages before it are not complete ({', '.join(missing)}); do them first "
                 "with --stage, or drop --only"
             )
-    _check_batches(settings, world_size)
     plan = Plan(
         run=run.path,
         settings=settings,
@@ -139,9 +142,10 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
         dry_run=arguments.dry_run,
     )
     for stage in todo:
-        plan.schedule(
-            stage, tuple(1 for _ in plan.rehearsed(stage))
-        ).slots_per_epoch  # refuses impossible shares
+        plan.schedule(stage, (1,) * len(plan.rehearsed(stage))).check()
+        for earlier in plan.rehearsed(stage):
+            if earlier not in todo:
+                load_manifest(earlier.buffer)  # refuses a buffer that was lost
     return plan
 
 
@@ -160,8 +164,8 @@ def find_shard_sets(folder: Path) -> dict[str, Path]:
         )
     sets: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if not (path / MANIFEST_FILE).exists():
-            continue
+        if path.name.startswith(".") or not (path / MANIFEST_FILE).exists():
+            continue  # a hidden one is being written, or its writer was killed
         name = load_manifest(path).name
         if name in sets:
             raise UserError(
@@ -189,7 +193,7 @@ def _default_data(settings: Settings) -> Path:
     return folder
 
 
-def _stage_names(asked: str, settings: Settings, known: dict[str, Any], sets: dict[str, Path]) -> list[str]:
+def _stage_names(asked: str, settings: Settings, known: Collection[str], sets: Collection[str]) -> list[str]:
     """Return the stages up to the asked one: the settings' order, then what was appended to the run."""
     order = list(settings.curriculum.stages)
     if len(set(order)) != len(order):
@@ -198,8 +202,8 @@ def _stage_names(asked: str, settings: Settings, known: dict[str, Any], sets: di
     if asked not in order:
         if asked not in sets:
             raise UserError(
-                f"unknown stage {asked!r}; this run's stages are {', '.join(order)}, and the data holds no other set of "
-                "that name to append"
+                f"unknown stage {asked!r}; this run's stages are {', '.join(order)}; name one of them, or add a shard "
+                "set of that modality to the data, which appends it"
             )
         order.append(asked)
     return order[: order.index(asked) + 1]
@@ -220,8 +224,16 @@ def _stage(
             f"stage {name} has no data: none of {', '.join(sets) or 'the sets'} holds that modality; add its shard set, or "
             "choose the stages with --set curriculum.stages=[...]"
         )
+    if entry["status"] in ("trained", "complete"):
+        lost = [file for file in (WEIGHTS, CARD) if not (directory / file).exists()]
+        if lost:
+            raise UserError(
+                f"{directory}: the ledger calls stage {name} {entry['status']}, but {' and '.join(lost)} "
+                f"{'is' if len(lost) == 1 else 'are'} missing; restore the folder, or start over with --fresh"
+            )
     manifest = load_manifest(data if data is not None else directory / BUFFER)
     _check_size(manifest, settings, data or directory)
+    _check_model(manifest, settings)
     fingerprint = entry.get("data")
     if data is not None and fingerprint not in (None, manifest.fingerprint):
         raise UserError(
@@ -249,12 +261,31 @@ def _check_size(manifest: Manifest, settings: Settings, where: Path) -> None:
         raise UserError(f"{where}: holds no training samples; build it from more files")
 
 
+def _check_model(manifest: Manifest, settings: Settings) -> None:
+    """Refuse a model that samples of this size do not fit."""
+    model, shape = settings.model, manifest.shape
+    if manifest.kind == "text":
+        if shape[0] > model.text_positions:
+            raise UserError(
+                f"model.text_positions={model.text_positions} is less than the {shape[0]} ids of a text of {manifest.name}; "
+                "choose at least as many"
+            )
+        return
+    edge = model.image_patch if manifest.kind == "image" else model.volume_patch
+    if any(size % edge for size in shape):
+        raise UserError(
+            f"model.{manifest.kind}_patch={edge} does not divide the size {shape} of {manifest.name}; choose a divisor of "
+            "every side"
+        )
+
+
 def _check_batches(settings: Settings, world_size: int) -> None:
     """Refuse batches that do not divide evenly over ranks, micro-batches and mixup runs."""
     training, group = settings.training, settings.rehearsal.mix_group
     if training.batch % world_size:
         raise UserError(
-            f"training.batch={training.batch} does not divide over {world_size} ranks; choose a multiple of it"
+            f"training.batch={training.batch} does not divide over {world_size} ranks; choose a multiple of {world_size}, or "
+            "another number of ranks"
         )
     share = training.batch // world_size
     if training.micro_batch and share % training.micro_batch:
@@ -263,7 +294,7 @@ def _check_batches(settings: Settings, world_size: int) -> None:
         )
     smallest = training.micro_batch or share
     mixes = settings.rehearsal.mixup and settings.rehearsal.strategy == "medcoss"
-    if mixes and smallest % group:
+    if (mixes or training.shuffle_visible) and smallest % group:
         raise UserError(
             f"rehearsal.mix_group={group} does not divide the {smallest} samples that one rank computes at a time; choose "
             f"training.batch, training.micro_batch or fewer ranks so that it does, or begin the run with another mix_group"

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mnemos.engine.settings import Settings
 from mnemos.sharding.errors import UserError
 
@@ -45,10 +47,34 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"--deepspeed_config {path}: sets {key!r}, which is decided by {setting}; remove it there"
             )
-    stage = config.get("zero_optimization", {}).get("stage", 1)
-    if stage not in (0, 1, 2, 3):
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(
+            f"--deepspeed_config {path}: 'zero_optimization' is {zero!r}; an object is needed, such as {{\"stage\": 2}}"
+        )
+    stage = zero.get("stage", 1)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"--deepspeed_config {path}: ZeRO stage {stage!r} is unknown; choose 0, 1, 2 or 3")
     return config
+
+
+def check_with_deepspeed(settings: Settings, user: dict[str, Any], world_size: int) -> None:
+    """Refuse entries that DeepSpeed itself does not take, before anything is begun; imports DeepSpeed.
+
+    Raises:
+        UserError: an unknown key or a value out of range.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    config = deepspeed_config(
+        settings, bf16=False, micro_batch=settings.training.batch // world_size, accumulate=1, user=user
+    )
+    try:
+        DeepSpeedConfig(config)
+    except (ValidationError, DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--deepspeed_config: DeepSpeed refuses it ({error}); correct that entry, see deepspeed.ai"
+        ) from None
 
 
 def zero_stage(settings: Settings, user: dict[str, Any] | None) -> int:
@@ -64,9 +90,8 @@ def deepspeed_config(
     stage = zero_stage(settings, user)
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
     if stage in (1, 2):
-        zero["compute_grad_norm"] = (
-            False  # nothing reads it, and reading it would wait for the device every step
-        )
+        # nothing reads the norm, and computing it would wait for the device every step
+        zero["compute_grad_norm"] = False
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0 if settings.model.width < 512 else 100_000
     config: dict[str, Any] = {

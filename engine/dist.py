@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_group_timeout: timedelta | None = None  # of process groups made from now on
 
 _LAUNCHERS = (  # what launchers call rank, world size and local rank
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, deepspeed
@@ -63,6 +64,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"])
 
 
+def local_world_size() -> int:
+    """Return the number of ranks on this machine; all of them where the launcher does not tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
+
+
 def is_main() -> bool:
     """Tell whether this is rank 0, which decides, writes and prints."""
     return rank() == 0
@@ -83,7 +89,7 @@ def device() -> "torch.device":
 
 
 def meet(timeout_s: int = 1800) -> None:
-    """Join the other ranks (NCCL where there are GPUs, else gloo); harmless when called again.
+    """Join the other ranks (NCCL where there are GPUs, else gloo); called again, only the timeout changes.
 
     Args:
         timeout_s: seconds any rank waits for the others, in every group, DeepSpeed's own included.
@@ -91,13 +97,14 @@ def meet(timeout_s: int = 1800) -> None:
     import torch
     import torch.distributed
 
+    timeout = timedelta(seconds=timeout_s)
+    _give_every_group(timeout)
     if torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout)
         return
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        cores = len(os.sched_getaffinity(0))
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size())))
-        torch.set_num_threads(max(1, cores // local_world))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         torch.cuda.set_device(local_rank())
     with quiet():
@@ -105,8 +112,6 @@ def meet(timeout_s: int = 1800) -> None:
 
     # Else the first run compiles a C++ extension; gloo gives the same sums without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    timeout = timedelta(seconds=timeout_s)
-    _give_every_group(timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     with quiet():
         deepspeed.init_distributed(
@@ -155,7 +160,7 @@ def on_main(work: Callable[[], T]) -> T:
     if is_main():
         try:
             outcome = (True, work())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other ranks wait for the outcome
             outcome = (False, error)
     done, value = broadcast(outcome)
     if not done:
@@ -170,6 +175,13 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def least(number: int) -> int:
+    """Return the smallest of all ranks' numbers."""
+    import torch
+
+    return int(gather_rows(torch.tensor([number], device=device())).min())
 
 
 def barrier() -> None:
@@ -253,15 +265,16 @@ def _give_every_group(timeout: timedelta) -> None:
 
     import torch.distributed
 
-    make = torch.distributed.new_group
-    if getattr(make, "keeps_timeout", False):
+    global _group_timeout
+    first, _group_timeout = _group_timeout is None, timeout
+    if not first:
         return
+    make = torch.distributed.new_group
 
     @functools.wraps(make)
     def new_group(*args: Any, **kwargs: Any) -> Any:
         if len(args) < 2 and kwargs.get("timeout") is None:
-            kwargs["timeout"] = timeout
+            kwargs["timeout"] = _group_timeout
         return make(*args, **kwargs)
 
-    new_group.keeps_timeout = True  # type: ignore[attr-defined]
     torch.distributed.new_group = new_group

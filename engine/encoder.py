@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mnemos.engine.positions import interpolate_table
+from mnemos.engine.positions import interpolate_table, sin_cos_table
 from mnemos.kernels.layer_scale_residual_norm import layer_scale_residual_norm
 
 ImageKind = Literal["image", "volume"]
@@ -104,8 +104,8 @@ class PatchTokenizer(nn.Module):
         super().__init__()
         self.grid = grid
         self.project = nn.Linear(values, width)
-        self.position = nn.Parameter(torch.randn(grid[-2] * grid[-1], width) * 0.02)
-        self.depth = nn.Parameter(torch.randn(grid[0] if len(grid) == 3 else 1, width) * 0.02)
+        self.position = nn.Parameter(sin_cos_table(grid[-2:], width))  # learned from there on
+        self.depth = nn.Parameter(torch.zeros(grid[0] if len(grid) == 3 else 1, width))
 
     def forward(self, patches_BKP: Tensor, ids_BK: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Return tokens [B, K, D] of the patches at `ids_BK` (places in C order over `grid`)."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mnemos.engine import dist
 from mnemos.engine.curriculum import Plan, Stage
+from mnemos.engine.deepspeed_config import zero_stage
 from mnemos.engine.encoder import EncoderShape
 from mnemos.engine.optimizer import part_of
 from mnemos.engine.patches import patch_grid
@@ -96,23 +98,27 @@ def choose_micro_batch(
         return training.micro_batch
     share, group = training.batch // world, plan.settings.rehearsal.mix_group
     mixes = bool(plan.rehearsed(stage)) and plan.settings.rehearsal.mixup
-    state = state_bytes(parameters, bf16=bf16, zero=plan.settings.parallel.zero, world=world)
+    state = state_bytes(parameters, bf16=bf16, zero=zero_stage(plan.settings, plan.deepspeed), world=world)
     members = (stage, *plan.rehearsed(stage))
     each = max(
         sample_bytes(sizes(member, shape, plan.settings), plan.settings, bf16=bf16) for member in members
     )
     room = max(1, int((0.7 * free_bytes - state) / each))
-    allowed = [size for size in range(1, share + 1) if share % size == 0 and not (mixes and size % group)]
+    allowed = [
+        size
+        for size in range(1, share + 1)
+        if share % size == 0 and not (size % group and (mixes or training.shuffle_visible))
+    ]
     return max((size for size in allowed if size <= room), default=allowed[0])
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes this rank may fill."""
+    """Return the bytes this rank may fill: of its GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // dist.local_world_size()
 
 
 def matrix_rate(device: torch.device, *, bf16: bool) -> float:

@@ -31,9 +31,8 @@ from mnemos.sharding.manifest import Manifest
 from mnemos.sharding.tokenizer import MASK, PAD, SPECIAL_TOKENS
 
 Phase = Literal["pretext", "rehearsal"]
-SCORED_SHARE = (
-    0.35  # places kept for scored tokens, as a share of the length; 15 % of the words pass it once in 1,000
-)
+# places kept for scored tokens, as a share of the longest text; 15 % of the words pass it once in 1,000
+SCORED_SHARE = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +149,7 @@ class Preparer:
             )
             weight_B = mixing_weight(place_B, key=self._key("mixture"))
         elif self.settings.training.shuffle_visible:
-            partner_B = torch.arange(len(place_B), device=place_B.device).roll(1)
+            partner_B = next_partner(len(place_B), self.settings.rehearsal.mix_group, place_B.device)
             weight_B = torch.zeros_like(raw.scale_B)
         return ImageRows(
             kind=kind,
@@ -165,12 +164,12 @@ class Preparer:
             keep=self._keep(place_B, training),
         )
 
-    def texts(self, raw: "RawTexts", *, phase: Phase, training: bool) -> TextRows:
+    def texts(self, manifest: Manifest, raw: "RawTexts", *, phase: Phase, training: bool) -> TextRows:
         """Return the batch for one phase: words masked (pretext) or sequences mixed (rehearsal)."""
         keep = self._keep(raw.place_B, training)
         valid_BL = raw.ids_BL != PAD
         if phase == "pretext":
-            return self._mask_words(raw, valid_BL, keep)
+            return self._mask_words(raw, valid_BL, keep, longest=manifest.shape[0])
         ids_BL = raw.ids_BL
         if self.settings.rehearsal.mixup:
             partner_B = mixing_partner(
@@ -183,7 +182,9 @@ class Preparer:
             ids_BL = torch.where(own_BL, ids_BL, ids_BL[partner_B])
         return TextRows(ids_BL=ids_BL, valid_BL=valid_BL, keep=keep)
 
-    def _mask_words(self, raw: "RawTexts", valid_BL: Tensor, keep: Tensor | None) -> TextRows:
+    def _mask_words(
+        self, raw: "RawTexts", valid_BL: Tensor, keep: Tensor | None, *, longest: int
+    ) -> TextRows:
         ids_BL, place_B = raw.ids_BL, raw.place_B
         assert self.starts_word_V is not None
         length = ids_BL.shape[1]
@@ -196,7 +197,7 @@ class Preparer:
             chance_BL == chance_BL.amin(1, keepdim=True)
         )
         scored_BL = chosen_BL.gather(1, word_BL) & valid_BL
-        num_scored = max(1, math.ceil(SCORED_SHARE * length))
+        num_scored = min(length, math.ceil(SCORED_SHARE * longest))  # of the set, not of this rank's batch
         scored_BL &= scored_BL.cumsum(1) <= num_scored
         place_BL = torch.arange(length, device=ids_BL.device).expand_as(ids_BL)
         scored_BS = torch.where(scored_BL, place_BL, place_BL + length).argsort(1)[:, :num_scored]
@@ -232,6 +233,13 @@ class RawTexts:
 
     ids_BL: Tensor
     place_B: Tensor
+
+
+def next_partner(rows: int, group: int, device: torch.device) -> Tensor:
+    """Return int64 [rows]: the next row of the same run of `group` rows, the run's first for its last."""
+    row_B = torch.arange(rows, device=device)
+    next_B = row_B + 1
+    return torch.where((next_B % group == 0) | (next_B == rows), row_B // group * group, next_B)
 
 
 def patch_edges(shape: EncoderShape, kind: str) -> tuple[tuple[int, ...], int]:

@@ -51,9 +51,7 @@ class PartAdamW(torch.optim.AdamW):
         settings: betas and weight decay; the learning rate is set by `set_rate`.
     """
 
-    active: frozenset[str] = (
-        frozenset()
-    )  # nothing may move when made: ZeRO 0 in bf16 takes a step
+    active: frozenset[str] = frozenset()  # nothing may move when made: ZeRO 0 in bf16 takes a step
 
     def __init__(self, groups: Iterable[dict[str, Any]], settings: TrainingSettings) -> None:
         betas = (settings.beta1, settings.beta2)

@@ -31,8 +31,8 @@ class Progress:
         elif self.shown and time.monotonic() - self._told > _LOG_EVERY_S:
             self._told = time.monotonic()
             left = (self.total - self.done) * (self._told - self._begun) / max(1, self.done - self._first)
-            text = ", ".join(f"{name} {value}" for name, value in facts.items())
-            print(f"{self.title}: {self.done}/{self.total} steps, {text}, {left:.0f} s left", flush=True)
+            told = [f"{self.done}/{self.total} steps", *(f"{name} {value}" for name, value in facts.items())]
+            print(f"{self.title}: {', '.join(told)}, {left:.0f} s left", flush=True)
 
     def __enter__(self) -> Self:
         """Return the bar itself."""

@@ -11,7 +11,7 @@ runs/<name>/
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -20,6 +20,7 @@ from mnemos.sharding.errors import UserError
 
 Status = Literal["pending", "training", "trained", "complete"]
 CONFIG, LEDGER = "config.yaml", "ledger.json"
+WEIGHTS, CARD = "encoder.safetensors", "encoder.json"  # of a stage
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -43,12 +44,37 @@ class RunDirectory:
         """Tell whether a run was begun here."""
         return (self.path / CONFIG).exists()
 
+    def check(self) -> None:
+        """Refuse a path that is no run and cannot become one: it would be mixed with, or moved with, other files.
+
+        Raises:
+            UserError: it is a file, or a folder with files but without a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--run {self.path}: is a file; name a folder")
+        if self.path.exists() and not self.exists:
+            others = sorted(entry.name for entry in self.path.iterdir() if entry.name != CONFIG + ".partial")
+            if others:
+                raise UserError(
+                    f"--run {self.path}: holds {others[0]!r} but no run (no {CONFIG}); name a new or empty folder, or "
+                    "one that a run was begun in"
+                )
+
     def create(self, settings: Settings) -> None:
-        """Make the folder and write the resolved settings, unless that was done before."""
-        (self.path / "stages").mkdir(parents=True, exist_ok=True)
-        if not self.exists:
-            text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            write_atomically(self.path / CONFIG, text)
+        """Make the folder and write the resolved settings, unless that was done before.
+
+        Raises:
+            UserError: the folder cannot be made or written.
+        """
+        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.exists:
+                write_atomically(self.path / CONFIG, text)
+        except OSError as error:
+            raise UserError(
+                f"the run {self.path} cannot be made ({error.strerror}); name another with --run"
+            ) from None
 
     def settings(self, preset: str | None, overrides: dict[str, Any]) -> Settings:
         """Return the run's settings, with this call's free settings on top.
@@ -60,8 +86,7 @@ class RunDirectory:
         Raises:
             UserError: the call contradicts the run; the sentence names the settings.
         """
-        stored = read_file(self.path / CONFIG)
-        stored_preset = stored.pop("preset", None)
+        stored_preset, stored = self._stored()
         was = as_flat(resolve(stored_preset, stored))
         base = stored if preset in (None, stored_preset) else {}
         wanted = as_flat(resolve(preset or stored_preset, {**base, **overrides}))
@@ -78,6 +103,20 @@ class RunDirectory:
         free = {key: value for key, value in overrides.items() if key in FREE}
         return resolve(stored_preset, {**stored, **free})
 
+    def _stored(self) -> tuple[str, dict[str, Any]]:
+        """Return preset and flat settings of `config.yaml`."""
+        path = self.path / CONFIG
+        try:
+            stored = read_file(path)
+            preset = stored.pop("preset", None)
+            resolve(preset, stored)
+        except UserError as error:
+            reason = str(error).removeprefix(f"--config {path}: ")
+            raise UserError(
+                f"{path} is damaged ({reason}); restore it, or start over with --fresh, which moves the run aside"
+            ) from None
+        return str(preset), stored
+
     def ledger(self) -> dict[str, Any]:
         """Return the ledger; an empty one where nothing was recorded."""
         path = self.path / LEDGER
@@ -85,10 +124,17 @@ class RunDirectory:
             return {"run": self.path.name, "stages": []}
         try:
             ledger: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            for entry in ledger["stages"]:
-                entry["name"], entry["status"]
+            sound = all(
+                isinstance(entry["name"], str) and entry["status"] in get_args(Status)
+                for entry in ledger["stages"]
+            )
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged; restore it, or start over with --fresh") from None
+            sound = False
+        if not sound:
+            raise UserError(
+                f"{path} is damaged: it does not list stages with name and status; restore it, or start over with "
+                "--fresh, which moves the run aside"
+            )
         return ledger
 
     def record(self, name: str, **facts: Any) -> None:
@@ -118,10 +164,11 @@ class RunDirectory:
 
     def move_aside(self) -> Path | None:
         """Rename the folder to the next free `<name>.old-<n>`; return the new path, None where there was nothing."""
-        if not self.path.exists():
+        path = self.path.absolute()
+        if not path.exists():
             return None
         number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
+        while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
             number += 1
-        self.path.rename(aside)
+        path.rename(aside)
         return aside

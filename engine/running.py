@@ -10,7 +10,7 @@ from mnemos.engine import dist
 from mnemos.engine.closing import close_stage
 from mnemos.engine.clustering import num_clusters
 from mnemos.engine.curriculum import Plan, Stage, settings_text
-from mnemos.engine.deepspeed_config import zero_stage
+from mnemos.engine.deepspeed_config import check_with_deepspeed, zero_stage
 from mnemos.engine.encoder import Encoder, block_parameters
 from mnemos.engine.estimates import (
     choose_micro_batch,
@@ -27,7 +27,8 @@ from mnemos.engine.parallel import computes_in_bf16
 from mnemos.engine.plain_table import format_table
 from mnemos.engine.run_directory import RunDirectory
 from mnemos.engine.slots import CURRENT
-from mnemos.engine.stage_training import BadNumbers, StageTraining, Stopped, encoder_shape
+from mnemos.engine.stage_training import StageTraining, encoder_shape
+from mnemos.engine.stopping import BadNumbers, Stopped
 from mnemos.sharding.command import BAD_DATA, TRY_AGAIN, USER_MISTAKE
 from mnemos.sharding.errors import DataError, UserError
 
@@ -35,13 +36,15 @@ from mnemos.sharding.errors import DataError, UserError
 def run_plan(plan: Plan) -> int:
     """Do the plan on all ranks and return the exit code; collective."""
     dist.meet(plan.settings.parallel.timeout_s)
-    if dist.is_main():
-        print(describe_plan(plan), flush=True)
-    if plan.dry_run:
-        return 0
     run = RunDirectory(plan.run)
-    dist.on_main(lambda: _begin(run, plan))
     try:
+        if plan.deepspeed is not None:
+            check_with_deepspeed(plan.settings, plan.deepspeed, dist.world_size())
+        if dist.is_main():
+            print(describe_plan(plan), flush=True)
+        if plan.dry_run:
+            return 0
+        dist.on_main(lambda: _begin(run, plan))
         for stage in plan.todo:
             _do_stage(run, plan, stage)
     except Stopped:
@@ -179,10 +182,11 @@ def describe_plan(plan: Plan) -> str:
         "memory": "memory a rank",
         "time": "training",
     }
+    threads = torch.get_num_threads()
     lines = [
         f"run {plan.run}, preset {settings.preset}, strategy {settings.rehearsal.strategy}, seed {settings.training.seed}",
         f"{world} rank{'s' if world > 1 else ''} on {_device_name(device)}, {'bf16' if bf16 else 'fp32'}, ZeRO {zero}, "
-        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} a rank",
+        + f"{threads} thread{'s' if threads > 1 else ''} a rank",
         f"encoder blocks {_millions(block_parameters(list(encoder.blocks)))}, whole model {_millions(total)}: "
         + ", ".join(f"{part} {_millions(count)}" for part, count in parts.items()),
         "",

@@ -17,7 +17,7 @@ from mnemos.sharding.modalities import DEFAULT_ORDER
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(_Section):
@@ -178,18 +178,18 @@ def describe() -> str:
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return {"section.key": value} of a nested mapping of settings."""
+    """Return {"section.key": value} of a nested mapping of settings; an empty section has none."""
     flat: dict[str, Any] = {}
     for section, values in tree.items():
         if isinstance(values, dict):
             flat |= {f"{section}.{key}": value for key, value in values.items()}
-        else:
-            flat[section] = values
+        elif values is not None or section not in _sections():
+            flat[str(section)] = values
     return flat
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Return the flat settings of a YAML file.
+    """Return the flat settings of a YAML file given with --config.
 
     Raises:
         UserError: the file is missing, is no YAML or holds no mapping.
@@ -230,25 +230,30 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _check_keys(flat: dict[str, Any]) -> None:
-    allowed = [*known_keys(), "preset"]
+    allowed, sections = known_keys(), _sections()
     for key in flat:
-        if key not in allowed:
+        if key in sections:
+            name = next(iter(sections[key].model_fields))
+            raise UserError(
+                f"setting {key!r} is a section, not a value; name one of its settings, such as {key}.{name}"
+            )
+        if key not in allowed and key != "preset":
             near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else "see --help for all of them"
+            hint = f"did you mean {near[0]}?" if near else "--help lists all of them"
             raise UserError(f"unknown setting {key!r}; {hint}")
 
 
-def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
+def resolve(preset: object, overrides: dict[str, Any]) -> Settings:
     """Build the settings of a preset with flat overrides on top.
 
     Args:
-        preset: a name in `PRESETS`.
+        preset: a name in `PRESETS`; whatever a user gave.
         overrides: dotted names to values; later sources already merged over earlier ones.
 
     Raises:
         UserError: an unknown preset, an unknown key, or a value out of range.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     _check_keys(overrides)
     tree: dict[str, Any] = {"preset": preset}
@@ -259,13 +264,18 @@ def resolve(preset: str, overrides: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        came = first.get("input")
-        came_text = "" if isinstance(came, dict) else f"={came!r}"
-        raise UserError(
-            f"setting {key}{came_text}: {first['msg'].removeprefix('Value error, ')}; see --help for its range"
-        ) from None
+        raise UserError(_sentence(error)) from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """Return the first complaint: the setting with what came, what is allowed, what to do."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    name = ".".join(place[:2])
+    came = f"={first['input']!r}" if len(place) > 1 else ""  # else the input is the whole section
+    allowed = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    as_list = ", written as [a,b]" if first["type"] == "tuple_type" else ""
+    return f"setting {name}{came}: {allowed}{as_list}; correct it, --help says what it means"
 
 
 def as_flat(settings: Settings) -> dict[str, Any]:

@@ -8,10 +8,12 @@ rehearsed too. Here every sample of the current modality comes at most once in a
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from mnemos.kernels.stream_key import stream_key
+from mnemos.sharding.errors import UserError
 
 CURRENT = 0  # the set a stage is about; buffers of earlier stages follow in stage order
 
@@ -54,22 +56,32 @@ class Schedule:
     seed: int
     stage: str
 
-    @property
+    def check(self) -> None:
+        """Refuse a least share that leaves nothing for the current modality.
+
+        Raises:
+            UserError: the shares of the buffers add up to 1 or more.
+        """
+        buffers = len(self.sizes) - 1
+        if self.least_share * buffers >= 1.0:
+            raise UserError(
+                f"rehearsal.least_share={self.least_share} for each of {buffers} earlier modalities leaves stage "
+                f"{self.stage} no updates of its own; choose less than {1 / buffers:.3f}"
+            )
+
+    @cached_property
     def slots_per_epoch(self) -> tuple[int, ...]:
         """Slots of every set in an epoch, the current one first."""
-        current, *buffers = (max(1, size // self.batch) for size in self.sizes)
-        if self.least_share and buffers:
-            room = 1.0 - self.least_share * len(buffers)
-            if room <= 0:
-                raise ValueError(
-                    f"rehearsal.least_share {self.least_share} of {len(buffers)} buffers leaves nothing for the current "
-                    f"modality; allowed: below {1 / len(buffers):.3f}"
-                )
-            needed = math.ceil(self.least_share * current / room)
-            buffers = [max(slots, needed) for slots in buffers]
-        return (current, *buffers)
+        self.check()
+        slots = [max(1, size // self.batch) for size in self.sizes]
+        while True:  # more slots for one buffer make every other's share smaller; ends because `check` passed
+            least = math.ceil(self.least_share * sum(slots))
+            raised = [slots[CURRENT], *(max(number, least) for number in slots[1:])]
+            if raised == slots:
+                return tuple(slots)
+            slots = raised
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         """Updates of the whole stage: epochs in full, then as much of the last as the pretext steps need."""
         epochs, rest = divmod(self.pretext_steps, self.slots_per_epoch[CURRENT])

@@ -1,13 +1,11 @@
 """Train one stage: the pretext task on its own modality, distillation on the buffers of earlier ones."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from mnemos.engine.encoder import Encoder, EncoderShape
 from mnemos.engine.estimates import choose_micro_batch, free_memory
 from mnemos.engine.metrics_log import MetricsLog
 from mnemos.engine.objectives import (
+    Phase,
     Preparer,
     Pretrainer,
     RawImages,
@@ -35,6 +34,7 @@ from mnemos.engine.parallel import Engine, computes_in_bf16
 from mnemos.engine.progress import Progress
 from mnemos.engine.showing import show_predictions
 from mnemos.engine.slots import CURRENT, Schedule, learning_rate, micro_batches, rank_rows
+from mnemos.engine.stopping import BadNumbers, StopFlag, Stopped
 from mnemos.engine.validation import Validation
 from mnemos.engine.weights import modality_record, read_weights, save_encoder
 from mnemos.kernels.counter_rng import stream_key
@@ -46,41 +46,10 @@ from mnemos.sharding.tokenizer import load_tokenizer, starts_word
 CHECKPOINTS = "checkpoints"
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; everything is saved."""
-
-
-class BadNumbers(Exception):
-    """A loss is not finite; the message says where."""
-
-
-@dataclass
-class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1; the ranks agree on it when the losses are read. A second SIGINT ends at once."""
-
-    raised: bool = False
-    _before: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> "StopFlag":
-        """Take the signals over."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._raise)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        if self.raised and number == signal.SIGINT:
-            dist.leave(130)
-        self.raised = True
-
-
 def encoder_shape(plan: Plan) -> EncoderShape:
     """Return the encoder's shape: sizes from the settings, the vocabulary from the texts among the plan's stages."""
     model, stored = plan.settings.model, STORED_SIZES[plan.settings.preset]
+    (rows, columns), (depth, height, width) = stored.image, stored.volume
     tokenizers = [stage.manifest.tokenizer for stage in plan.stages if stage.manifest.tokenizer is not None]
     return EncoderShape(
         width=model.width,
@@ -91,8 +60,8 @@ def encoder_shape(plan: Plan) -> EncoderShape:
         drop_path=model.drop_path,
         image_patch=model.image_patch,
         volume_patch=model.volume_patch,
-        image_grid=tuple(size // model.image_patch for size in stored.image),
-        volume_grid=tuple(size // model.volume_patch for size in stored.volume),
+        image_grid=(rows // model.image_patch, columns // model.image_patch),
+        volume_grid=(depth // model.volume_patch, height // model.volume_patch, width // model.volume_patch),
         vocab=tokenizers[0].vocab_size if tokenizers else 0,
         text_positions=model.text_positions,
     )
@@ -151,7 +120,7 @@ class StageTraining:
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             bf16=self.bf16,
             world=dist.world_size(),
-            free_bytes=free_memory(self.device),
+            free_bytes=dist.least(free_memory(self.device)),
         )
         self.accumulate = share // self.micro
         self.engine = Engine(
@@ -207,9 +176,7 @@ class StageTraining:
     def _train(self, step: int, stop: StopFlag, progress: Progress, log: MetricsLog | None) -> dict[str, Any]:
         training = self.settings.training
         peak = training.base_lr * training.batch / 256
-        losses = torch.zeros(
-            training.log_every, device=self.device
-        )  # of the updates since they were last read
+        losses = torch.zeros(training.log_every, device=self.device)  # of the updates since the last reading
         pending: list[dict[str, Any]] = []
         since = time.monotonic()
         latest: dict[str, float] = {}
@@ -232,17 +199,22 @@ class StageTraining:
                     save_checkpoint(self.stage.directory / CHECKPOINTS, self.engine, step)
                 if stopped:
                     raise Stopped
-            if last or step % training.validate_every == 0:
-                latest = self.validation.measure(self.engine)
-                if log is not None:
-                    name = self.stage.manifest.name
-                    log.write([{"step": step, "modality": name, "phase": "validation", **latest}])
+            if step % training.validate_every == 0 and not last:
+                latest = self._validate(step, log)
+        latest = self._validate(step, log)  # also where a run was stopped just before it
         return {
             "steps": self.schedule.num_steps,
             "pretext_steps": self.schedule.steps_of(CURRENT),
             "samples": len(self.sets[CURRENT]),
             "validation": latest,
         }
+
+    def _validate(self, step: int, log: MetricsLog | None) -> dict[str, float]:
+        measured = self.validation.measure(self.engine)
+        if log is not None:
+            name = self.stage.manifest.name
+            log.write([{"step": step, "modality": name, "phase": "validation", **measured}])
+        return measured
 
     def train_step(self, raw: RawBatch) -> Tensor:
         """Do one update on this rank's part of a global batch; return its part of the loss (device scalar).
@@ -251,20 +223,21 @@ class StageTraining:
         """
         raw = raw.to(self.device)
         manifest = self.sets[raw.member].manifest
-        phase = "pretext" if raw.member == CURRENT else "rehearsal"
+        phase: Phase = "pretext" if raw.member == CURRENT else "rehearsal"
         preparer = self.preparers[raw.member]
         rows: Rows
         if manifest.kind == "text":
             texts = RawTexts(ids_BL=raw.data, place_B=raw.place_B)
-            rows = preparer.texts(texts, phase=phase, training=True)
+            rows = preparer.texts(manifest, texts, phase=phase, training=True)
         else:
             images = RawImages(images=raw.data, scale_B=raw.scale_B, shift_B=raw.shift_B, place_B=raw.place_B)
             rows = preparer.images(manifest, images, phase=phase, training=True)
-        count = local_count(rows, phase)
-        if isinstance(count, Tensor):
-            count = dist.total(count.float()).clamp_min(1.0)
-        else:
-            count = float(count * dist.world_size())
+        terms = local_count(rows, phase)
+        count = (
+            dist.total(terms.float()).clamp_min(1.0)
+            if isinstance(terms, Tensor)
+            else float(terms * dist.world_size())
+        )
         self.engine.optimizer.active = active_parts(manifest.kind, phase)
         weight = self.settings.rehearsal.weight if phase == "rehearsal" else 1.0
         done = torch.zeros((), device=self.device)
@@ -323,7 +296,7 @@ class StageTraining:
                     f"{record['phase']}) is {record['loss']}; lower training.base_lr, or compute with "
                     "--set training.precision=fp32"
                 )
-        return stopped > 0
+        return bool(stopped > 0)
 
     def _save(self) -> None:
         """Write the encoder and the pictures of the finished stage."""

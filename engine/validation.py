@@ -68,7 +68,7 @@ class Validation:
         manifest = self.samples.manifest
         if manifest.kind == "text":
             texts = RawTexts(ids_BL=raw.data, place_B=raw.place_B)
-            return raw, self.preparer.texts(texts, phase="pretext", training=False)
+            return raw, self.preparer.texts(manifest, texts, phase="pretext", training=False)
         images = RawImages(images=raw.data, scale_B=raw.scale_B, shift_B=raw.shift_B, place_B=raw.place_B)
         return raw, self.preparer.images(manifest, images, phase="pretext", training=False)
 

@@ -7,7 +7,6 @@ features = encoder.features("xray", "film.png")  # [1, D]
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,15 @@ from torch import Tensor
 from mnemos.engine.encoder import Encoder, EncoderShape, ImageKind, pooled
 from mnemos.engine.objectives import patch_edges
 from mnemos.engine.patches import all_patches, patch_grid
+from mnemos.engine.run_directory import CARD, WEIGHTS
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import Manifest
+from mnemos.sharding.modalities import STORED_SIZES, Modality
+from mnemos.sharding.sample import Sample
 from mnemos.sharding.tokenizer import PAD
 
 FORMAT = "mnemos-encoder-1"
-WEIGHTS, CARD, TOKENIZER = "encoder.safetensors", "encoder.json", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 
 def modality_record(manifest: Manifest) -> dict[str, Any]:
@@ -101,11 +103,12 @@ def read_shape(card: dict[str, Any]) -> EncoderShape:
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """Return the weights, fp32 on the CPU, by name."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(directory / WEIGHTS)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
             f"{directory / WEIGHTS} cannot be read ({error}); restore it or train the stage again"
         ) from None
@@ -162,31 +165,55 @@ class PretrainedEncoder:
             ids_BL = self._token_ids(str(source), record["shape"][0])
             valid_BL = ids_BL != PAD
             return self.encoder.forward_text(ids_BL, valid_BL), valid_BL
-        from mnemos.sharding.samples import read_samples
-
-        arrays, scales, shifts = read_samples(source, record)
-        data = torch.from_numpy(np.stack(arrays)).to(self.device)
+        samples = _read_samples(source, record)
+        data = torch.from_numpy(np.stack([sample.array for sample in samples])).to(self.device)
         if record["modality"]["kind"] == "volume":
             data = data[:, None]
-        return self.encode_all(record["modality"]["kind"], data, scales, shifts), None
-
-    def encode_all(
-        self, kind: ImageKind, data: Tensor, scales: Sequence[float], shifts: Sequence[float]
-    ) -> Tensor:
-        """Return features [N, 1 + L, D] of stored samples with nothing masked."""
-        return encode_unmasked(
-            self.encoder,
-            kind,
-            data,
-            torch.tensor(scales, dtype=torch.float32, device=self.device),
-            torch.tensor(shifts, dtype=torch.float32, device=self.device),
-        )
+        scale_N = torch.tensor([sample.scale for sample in samples], device=self.device)
+        shift_N = torch.tensor([sample.shift for sample in samples], device=self.device)
+        return encode_unmasked(self.encoder, record["modality"]["kind"], data, scale_N, shift_N), None
 
     def _token_ids(self, text: str, longest: int) -> Tensor:
         from mnemos.sharding.tokenizer import load_tokenizer
 
         ids = load_tokenizer(self._tokenizer_file).encode(text).ids[:longest]
-        return torch.tensor([ids or [PAD]], device=self.device)
+        if not ids:
+            raise UserError(f"the text {text!r} is empty; give one with at least a word")
+        return torch.tensor([ids], device=self.device)
+
+
+def _read_samples(source: str | Path | np.ndarray, record: dict[str, Any]) -> list[Sample]:
+    """Return what shards would hold of a file or an array, by the modality's own preprocessing."""
+    from mnemos.sharding.sources.samples import find_units, read_unit
+
+    modality, size = Modality(**record["modality"]), STORED_SIZES[record["preset"]]
+    if isinstance(source, np.ndarray):
+        wanted = (modality.channels, *size.image) if modality.kind == "image" else size.volume
+        dtype = np.uint8 if modality.kind == "image" else np.int16
+        if source.shape != wanted or source.dtype != dtype:
+            raise UserError(
+                f"an array {source.dtype} {source.shape} was given; {modality.name} takes {np.dtype(dtype)} {wanted}; "
+                "bring it to that form, or give a file"
+            )
+        scale, shift = {"unit": (1 / 255, 0.0), "hounsfield": (1 / 1024, 0.0)}.get(
+            modality.values, (0.0, 0.0)
+        )
+        if modality.values == "zscore":
+            scale = 1 / max(float(source.std()), 1e-6)
+            shift = -float(source.mean()) * scale
+        return [Sample(array=source, source="array", scale=scale, shift=shift)]
+    columns = {"text_column": "text", "label_column": "label", "group_column": "group"}
+    samples: list[Sample] = []
+    for unit in find_units(Path(source), modality, **columns, axes=""):
+        outcome = read_unit(unit, modality, size)
+        if reason := outcome.broken or outcome.left_out:
+            raise UserError(f"{unit.name}: {reason}; give a sound file of modality {modality.name}")
+        samples += outcome.samples
+    if not samples:
+        raise UserError(
+            f"{source}: nothing of it is left after preprocessing; give a file that shows the body"
+        )
+    return samples
 
 
 def encode_unmasked(

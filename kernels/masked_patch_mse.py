@@ -129,7 +129,7 @@ def launch_masked_patch_mse(
 
 
 # ---- custom ops: forward and backward, each for CUDA and CPU. The second result of forward is what backward needs:
-# the difference on a CPU, where forming it again would cost a step 1 %; nothing on CUDA, where it would cost traffic.
+# the difference on a CPU, where forming it again takes as long as forward; nothing on CUDA, where it would be traffic.
 @torch.library.custom_op("mnemos::masked_patch_mse", mutates_args=(), device_types="cuda")
 def _fwd(
     pred: Tensor,

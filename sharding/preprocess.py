@@ -1,6 +1,6 @@
 """Volumes: from any spacing and extent to the preset's sub-volumes; and the recipe, told in words.
 
-The steps of the paper (Ye et al., CVPR 2024, section 4.1), with two choices of our own: the cut in plane is
+The steps of the paper (Ye et al., CVPR 2024), with two choices of our own: the cut in plane is
 centred on the body, because a scanner's field of view rarely is, and resampling widens its filter where it
 shrinks, so that nothing folds over.
 """

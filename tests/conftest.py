@@ -1,7 +1,8 @@
-"""Run Triton through its interpreter when there is no GPU, and poison uninitialised memory."""
+"""Run Triton through its interpreter when there is no GPU, poison uninitialised memory, make tiny data once."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a tiny shard set of every modality; read only."""
+    from tiny_data import make_tiny_sets
+
+    return make_tiny_sets(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(autouse=True)

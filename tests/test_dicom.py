@@ -22,7 +22,7 @@ from mnemos.sharding.errors import DataError, LeftOut
 from mnemos.sharding.sources import dicom
 from mnemos.sharding.sources.dicom_file import read_pixels
 
-TRUTH = head(shape_ZYX=(6, 10, 8))  # [Z, Y, X], foot to head, front to back, right to left
+TRUTH = head(shape_ZYX=(6, 40, 32))  # [Z, Y, X], foot to head, front to back, right to left
 
 
 def read(folder, **options):
@@ -132,7 +132,7 @@ def test_files_are_grouped_by_series_and_patient(tmp_path):
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}, "directions"),
         ({"ImagePositionPatient": [0.0, 0.0, 999.0]}, "missing or uneven"),
         ({"ImagePositionPatient": [0.0, 0.0, 0.0]}, "one position"),
-        ({"Rows": 9}, "several sizes"),
+        ({"Rows": 39}, "several sizes"),
         ({"ImageOrientationPatient": None}, "ImageOrientationPatient"),
         ({"Rows": 60000, "Columns": 60000}, "64 million"),
         ({"Rows": 0}, "no picture"),

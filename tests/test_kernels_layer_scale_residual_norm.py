@@ -80,12 +80,14 @@ def test_a_dropped_branch_leaves_no_trace() -> None:
     torch.testing.assert_close(x_new[1], x[1] + 2 * branch[1])
 
 
-def test_bf16_statistics_are_fp32() -> None:
-    """With statistics rounded to bf16 the normalised values of 256 +- 1 would all be off by the mean's rounding."""
+def test_bf16_statistics_are_fp32_in_forward_and_backward() -> None:
+    """The mean of 256 and 258 is no bf16 number; kept as one, it would turn -1, 1 into -2, 0 or 0, 2."""
     x = 256.0 + 2.0 * (torch.arange(64) % 2).to(torch.bfloat16).view(1, 1, 64)
-    ones, zeros = torch.ones(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
-    _, normed = layer_scale_residual_norm(x, torch.zeros_like(x), ones, None, ones, zeros, EPS)
-    torch.testing.assert_close(normed.flatten()[:2], torch.tensor([-1.0, 1.0], dtype=torch.bfloat16))
+    weight, zeros = torch.ones(64, dtype=torch.bfloat16, requires_grad=True), torch.zeros_like(x[0, 0])
+    _, normed = layer_scale_residual_norm(x, torch.zeros_like(x), zeros, None, weight, zeros, EPS)
+    (grad,) = torch.autograd.grad(normed.sum(), weight)
+    expected = torch.tensor([-1.0, 1.0], dtype=torch.bfloat16).repeat(32)
+    assert normed.flatten().equal(expected) and grad.equal(expected)
 
 
 def test_shapes_are_named() -> None:

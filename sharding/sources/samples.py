@@ -1,6 +1,7 @@
 """From an input folder to units, and from units to stored samples: all sources behind one door."""
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -100,7 +101,8 @@ def read_units(units: list[Unit], modality: Modality, size: StoredSize, workers:
         return
     chunks = deque(units[start : start + chunk] for start in range(0, len(units), chunk))
     # Spawned, not forked: a fork copies locks that library threads may hold.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
         waiting: deque[Future[list[Outcome]]] = deque()
         try:
             while chunks or waiting:

@@ -68,3 +68,11 @@ def smooth_field(rng: np.random.Generator, num: int, size: int, cells: int) -> F
     matrix = upsampler(size, cells)
     lattice = rng.standard_normal((num, cells + 3, cells + 3), np.float32)
     return np.asarray((matrix @ lattice @ matrix.T) * 2.1, np.float32)
+
+
+def smooth_volume(rng: np.random.Generator, num: int, shape: tuple[int, int, int], cells: tuple[int, int, int]) -> F32:
+    """Draw smooth random fields [num, Z, Y, X] of about unit variance with ``cells`` bumps along each axis."""
+    up_z, up_y, up_x = (upsampler(size, count) for size, count in zip(shape, cells, strict=True))
+    lattice = rng.standard_normal((num, *(count + 3 for count in cells)), np.float32)
+    plane = up_y @ lattice @ up_x.T
+    return np.asarray(np.einsum("zk,nkyx->nzyx", up_z, plane) * 3.0, np.float32)

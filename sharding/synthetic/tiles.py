@@ -61,25 +61,28 @@ def draw_tiles(labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: 
     solid = edge(0.3 - inside, 0.15)
     weight = np.where(kind == 0, ring + 0.02, np.where(kind == 1, solid + 0.02, 0.4 + epithelium)) * (1 - white) + 1e-4
     radius = tissue(3.2, 4.4) / zoom
-    nuclei, chromatin = _nuclei(weight.astype(np.float32), rng, radius, tissue(16, 24) * zoom**2, angle, tissue(0.1, 0.5))
+    nuclei, chromatin = _nuclei(weight.astype(np.float32), rng, radius, tissue(12, 20) * zoom**2, angle, tissue(0.1, 0.5))
 
     white = white * (1 - nuclei)
     fibre = np.cos(2 * np.pi * (tissue(1.2, 2.0) * v + 0.4 * smooth_field(rng, num, size, 4)))
-    cloud = smooth_field(rng, num, size, 4)
-    eosin = 0.22 * fibre * (1 - 0.8 * epithelium) - 0.25 * epithelium + 0.25 * cloud
+    tilt = tile(0, 2 * np.pi)
+    cloud = smooth_field(rng, num, size, 2)
+    eosin = 0.15 * fibre * (1 - 0.8 * epithelium) - 0.25 * epithelium + 0.3 * cloud
     eosin = _match(eosin.astype(np.float32), rng)
     haema = tissue(0.03, 0.4) + 0.22 * epithelium + 0.04 * cloud
     haema = mix(haema, tile(0.75, 1.0) + 0.35 * chromatin, nuclei) * (1 - white) + 0.02
     eosin = mix(eosin, 0.35, nuclei) * (1 - white) + 0.02
 
+    slope = tile(0.2, 0.6) * (axis[None, None, :] * np.cos(tilt) + axis[None, :, None] * np.sin(tilt)) + 0.1 * cloud
+    thickness = np.exp(slope)
     num_groups = int(of_N.max()) + 1
     stain_h, stain_e = (_stain(vector, rng, num_groups)[of_N] for vector in (HAEMATOXYLIN, EOSIN))
     density = (
-        (tissue(1.0, 1.9) * haema)[:, None] * stain_h[:, :, None, None]
-        + (tissue(0.25, 1.1) * eosin)[:, None] * stain_e[:, :, None, None]
+        (thickness * tissue(1.0, 1.9) * haema)[:, None] * stain_h[:, :, None, None]
+        + (thickness * tissue(0.25, 1.1) * eosin)[:, None] * stain_e[:, :, None, None]
     )
     lamp = tile(235, 252)[:, None] * np.exp(0.015 * rng.standard_normal((num, 3, 1, 1), np.float32))
-    light = lamp * np.exp(-density) + tile(0.5, 1.5)[:, None] * rng.standard_normal((num, 3, size, size), np.float32)
+    light = lamp * np.exp(-density) + tile(0.3, 1.0)[:, None] * rng.standard_normal((num, 3, size, size), np.float32)
     return np.rint(np.clip(light, 0, 255)).astype(np.uint8)
 
 
