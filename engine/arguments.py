@@ -44,13 +44,8 @@ class Arguments:
     deepspeed_config: Path | None
 
 
-def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse the command line.
-
-    Raises:
-        UserError: an unknown flag, an unreadable file, a malformed assignment.
-        SystemExit: after --help.
-    """
+def make_parser() -> Parser:
+    """Return the parser with every flag."""
     parser = Parser(
         prog="train.py",
         description="Pre-train one encoder on one modality after another, without forgetting. --stage NAME brings the run "
@@ -102,11 +97,19 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument(
         "--deepspeed_config", type=Path, metavar="FILE", help="a DeepSpeed configuration (JSON) of your own"
     )
-    parser.add_argument(
-        "--deepspeed", action="store_true", help=argparse.SUPPRESS
-    )  # DeepSpeed's habit; always on
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # a habit; always on
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
-    given = parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse the command line.
+
+    Raises:
+        UserError: an unknown flag, an unreadable file, a malformed assignment.
+        SystemExit: after --help.
+    """
+    given = make_parser().parse_args(argv)
     overrides = read_file(given.config) if given.config else {}
     overrides |= dict(parse_assignment(text) for text in given.assignments)
     preset = overrides.pop("preset", None)

@@ -180,7 +180,7 @@ class StageTraining:
         pending: list[dict[str, Any]] = []
         since = time.monotonic()
         latest: dict[str, float] = {}
-        for raw in self._batches(step):
+        for raw in self.batches(step):
             phase = "pretext" if raw.member == CURRENT else "rehearsal"
             rate = learning_rate(raw.step, self.schedule.num_steps, peak, training.warmup)
             self.engine.optimizer.set_rate(rate)
@@ -262,7 +262,8 @@ class StageTraining:
         teacher.load_state_dict(encoder.state_dict())
         return teacher.to(self.device, self.dtype).eval().requires_grad_(False)
 
-    def _batches(self, step: int) -> Iterator[RawBatch]:
+    def batches(self, step: int) -> Iterator[RawBatch]:
+        """Yield this rank's part of every global batch from update `step` on."""
         workers = self.settings.data.workers
         on_gpu = self.device.type == "cuda"
         if workers < 0:

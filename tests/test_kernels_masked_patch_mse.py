@@ -93,14 +93,14 @@ def test_constant_patch_has_target_zero(value: int, device: torch.device) -> Non
 
 def test_a_step_of_one_unit_far_from_zero_keeps_its_digits(device: torch.device) -> None:
     """The mean lies between two fp32 numbers, 0.002 apart, unless the patch is counted from its first value."""
-    images = torch.full((1, 1, 16, 16, 16), 32767, dtype=torch.int16)
+    images = torch.full((1, 1, 15, 16, 16), 32767, dtype=torch.int16)
     images[..., 5:] = 32766
-    images[..., 0, :] = 32766
-    patch, scale = (16, 16, 16), torch.full((1,), 1 / 1024)
+    images[..., 0, :, :] = 32766
+    patch, scale = (15, 16, 16), torch.full((1,), 1 / 1024)
     target = images.double().flatten() / 1024
     target = (target - target.mean()) / (target.var() + 1e-6).sqrt()
-    pred, ids = torch.zeros(1, 1, 4096, requires_grad=True), torch.zeros(1, 1, dtype=torch.int64)
-    upstream = torch.tensor(2048.0)  # makes the gradient prediction - target
+    pred, ids = torch.zeros(1, 1, 3840, requires_grad=True), torch.zeros(1, 1, dtype=torch.int64)
+    upstream = torch.tensor(1920.0)  # makes the gradient prediction - target
 
     tensors = [tensor.to(device) for tensor in (pred.detach(), images, ids, scale, upstream)]
     grad = launch_masked_patch_mse(*tensors[:3], patch, 1, tensors[3], None, tensors[4])

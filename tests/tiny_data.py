@@ -11,10 +11,7 @@ from mnemos.sharding.tokenizer import train_tokenizer
 from mnemos.sharding.writer import ShardSetWriter
 
 KEY = b"a key for tests, sixteen bytes or more"
-WORDS = (
-    "the heart is normal in size no effusion pneumothorax seen lungs are clear left right lower upper lobe opacity mild "
-    "cardiomegaly unchanged atelectasis bibasilar consolidation suspected"
-).split()
+WORDS = ["the", "heart", "is", "normal", "in", "size", "no", "effusion", "pneumothorax", "seen", "lungs", "are", "clear", "left", "right", "lower", "upper", "lobe", "opacity", "mild", "cardiomegaly", "unchanged", "atelectasis", "bibasilar", "consolidation", "suspected"]
 TINY = [  # a model and a recipe that take seconds, as --set takes them
     "model.width=32",
     "model.depth=2",
@@ -91,7 +88,9 @@ def _waves(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
     axes = np.meshgrid(*(np.linspace(0, np.pi, size) for size in shape), indexing="ij")
     field = np.zeros(shape)
     for _ in range(2):
-        field += np.prod([np.cos(random.uniform(0.5, 6) * axis + random.uniform(0, 6)) for axis in axes], axis=0)
+        field += np.prod(
+            [np.cos(random.uniform(0.5, 6) * axis + random.uniform(0, 6)) for axis in axes], axis=0
+        )
     return field
 
 
