@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mnemos.engine.positions import interpolate_table, sin_cos_table
+from mnemos.kernels.attention import attention
 from mnemos.kernels.layer_scale_residual_norm import layer_scale_residual_norm
 
 ImageKind = Literal["image", "volume"]
@@ -59,8 +60,7 @@ class Attention(nn.Module):
         """Return [B, L, D]; `mask_BL` (bool) is True at tokens that may be attended to."""
         B, L, D = x_BLD.shape
         q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        mask = None if mask_BL is None else mask_BL[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mixed = attention(q, k, v, mask_BL)
         out_BLD: Tensor = self.out(mixed.transpose(1, 2).reshape(B, L, D))
         return out_BLD
 

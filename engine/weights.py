@@ -90,6 +90,8 @@ def read_card(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{directory / CARD} has format {card.get('format')!r}; this version reads {FORMAT!r}"
         )
+    if not {"shape", "modalities"} <= card.keys():
+        raise UserError(f"{directory / CARD} is damaged: shape or modalities are missing; restore it")
     return card
 
 
@@ -117,7 +119,13 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 def read_encoder(directory: Path) -> Encoder:
     """Return the encoder of a stage's folder in eval mode, fp32 on the CPU."""
     encoder = Encoder(read_shape(read_card(directory)))
-    encoder.load_state_dict(read_weights(directory))
+    try:
+        encoder.load_state_dict(read_weights(directory))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(
+            f"{directory}: {WEIGHTS} and {CARD} do not fit each other ({reason:.120}); restore the folder"
+        ) from None
     return encoder.eval()
 
 
@@ -176,9 +184,9 @@ class PretrainedEncoder:
     def _token_ids(self, text: str, longest: int) -> Tensor:
         from mnemos.sharding.tokenizer import load_tokenizer
 
-        ids = load_tokenizer(self._tokenizer_file).encode(text).ids[:longest]
-        if not ids:
+        if not text.strip():
             raise UserError(f"the text {text!r} is empty; give one with at least a word")
+        ids = load_tokenizer(self._tokenizer_file).encode(text).ids[:longest]
         return torch.tensor([ids], device=self.device)
 
 

@@ -1,17 +1,53 @@
 """Shard sets of every modality, made in a second: a few seeded smooth samples of the sample preset's size."""
 
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from mnemos.engine.curriculum import find_shard_sets
+from mnemos.engine.settings import Settings, parse_assignment, resolve
+from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, Modality
 from mnemos.sharding.sample import Sample
 from mnemos.sharding.tokenizer import train_tokenizer
 from mnemos.sharding.writer import ShardSetWriter
 
+if TYPE_CHECKING:
+    from mnemos.engine.encoder import EncoderShape
+
 KEY = b"a key for tests, sixteen bytes or more"
-WORDS = ["the", "heart", "is", "normal", "in", "size", "no", "effusion", "pneumothorax", "seen", "lungs", "are", "clear", "left", "right", "lower", "upper", "lobe", "opacity", "mild", "cardiomegaly", "unchanged", "atelectasis", "bibasilar", "consolidation", "suspected"]
+WORDS = [
+    "the",
+    "heart",
+    "is",
+    "normal",
+    "in",
+    "size",
+    "no",
+    "effusion",
+    "pneumothorax",
+    "seen",
+    "lungs",
+    "are",
+    "clear",
+    "left",
+    "right",
+    "lower",
+    "upper",
+    "lobe",
+    "opacity",
+    "mild",
+    "cardiomegaly",
+    "unchanged",
+    "atelectasis",
+    "bibasilar",
+    "consolidation",
+    "suspected",
+]
 TINY = [  # a model and a recipe that take seconds, as --set takes them
     "model.width=32",
     "model.depth=2",
@@ -84,13 +120,14 @@ def _sample(modality: Modality, shape: tuple[int, ...], number: int) -> Sample:
 
 
 def _waves(shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-    """Return values within -2..2: two products of waves along the axes."""
-    axes = np.meshgrid(*(np.linspace(0, np.pi, size) for size in shape), indexing="ij")
+    """Return values within -2..2: the sum of two products of waves along the axes."""
     field = np.zeros(shape)
     for _ in range(2):
-        field += np.prod(
-            [np.cos(random.uniform(0.5, 6) * axis + random.uniform(0, 6)) for axis in axes], axis=0
-        )
+        waves = [
+            np.cos(np.linspace(0, np.pi * random.uniform(0.5, 6), size) + random.uniform(0, 6))
+            for size in shape
+        ]
+        field += reduce(np.multiply.outer, waves)
     return field
 
 
@@ -98,3 +135,18 @@ def _text(number: int) -> str:
     """Return 4 to 40 words."""
     random = np.random.default_rng([7, number])
     return " ".join(random.choice(WORDS, size=random.integers(4, 41)))
+
+
+def tiny_settings(**overrides: object) -> Settings:
+    """Return the settings of `TINY`; overrides are written with two underscores for the dot."""
+    flat = dict(parse_assignment(text) for text in TINY)
+    return resolve("sample", {**flat, **{key.replace("__", "."): value for key, value in overrides.items()}})
+
+
+def shape_of(settings: Settings, sets: Path | None = None) -> "EncoderShape":
+    """Return the encoder's shape under some settings, with the texts of `sets` where given."""
+    from mnemos.engine.stage_training import encoder_shape
+
+    manifests = [load_manifest(path) for path in find_shard_sets(sets).values()] if sets else []
+    stages = [SimpleNamespace(manifest=manifest) for manifest in manifests]
+    return encoder_shape(cast(Any, SimpleNamespace(settings=settings, stages=stages)))

@@ -39,7 +39,7 @@ def draw_bodies(
     zoom = np.exp(scan(-0.15, 0.2)) * person(0.92, 1.08)
     x, y = turn(axes[2][None, None, None, :], axes[1][None, None, :, None], scan(-0.25, 0.25))
     x, y = x / zoom + scan(-60, 60), y / zoom + scan(-38, 38)
-    z = axes[0][None, :, None, None] / zoom + scan(-75, 105) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
+    z = axes[0][None, :, None, None] / zoom + scan(-65, 105) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
     side = np.abs(x)
 
     # Wall: skin, fat, muscle with ribs in it.
@@ -78,8 +78,8 @@ def draw_bodies(
     lung = cavity * edge(dome - z, 8) * edge(-middle, 6)
     hilum = np.sqrt((side - 34) ** 2 + (y - 5) ** 2 + 0.5 * (z - 60) ** 2) + 1
     fan = np.cos(7 * np.arctan2(y - 5, side - 34) + 0.05 * z + 1.5 * flow + person(0, 6))
-    tree = 260 * edge(0.55 - fan, 0.7) * np.exp(-hilum / 60)
-    air = LUNG + person(-30, 60) + person(0.3, 0.9) * y + 25 * flow + tree
+    tree = 200 * edge(0.55 - fan, 0.9) * np.exp(-hilum / 60)
+    air = LUNG + person(-30, 60) + person(0.6, 1.5) * (y - 10) + 25 * flow + tree
     hu = mix(hu, air, lung)
     hu = mix(hu, 42 + 0.75 * contrast, edge(heart, 7) * edge(-3 - z + 0.25 * dome, 10))
 
@@ -104,8 +104,8 @@ def draw_bodies(
     tilt = scan(0, 2 * np.pi)
     shade = (axes[2][None, None, None, :] * np.cos(tilt) + axes[1][None, None, :, None] * np.sin(tilt)) / 100
     inside = edge(skin, 5)
-    hu = hu + inside * (scan(5, 30) * shade + 10 * smooth_volume(rng, num, shape, (1, 3, 3)))
-    hu = hu + scan(2, 6) * rng.standard_normal(hu.shape, np.float32)
+    hu = hu + inside * (scan(15, 60) * shade + 8 * smooth_volume(rng, num, shape, (1, 3, 3)))
+    hu = hu + scan(1.5, 4) * rng.standard_normal(hu.shape, np.float32)
     return np.clip(np.rint(hu), -1024, 1024).astype(np.int16)
 
 

@@ -46,14 +46,14 @@ def draw_heads(
         return uniform(rng, low, high, num, 3)
 
     axes = [(np.arange(size, dtype=np.float32) - (size - 1) / 2) * step for size, step in zip(shape, spacing_mm, strict=True)]
-    zoom = np.exp(scan(0.05, 0.4))
+    zoom = np.exp(scan(0.2, 0.5))
     x, y = turn(axes[2][None, None, None, :], axes[1][None, None, :, None], scan(-0.3, 0.3))
     x, y = x / zoom + scan(-22, 22), y / zoom + scan(-28, 28)
     z = axes[0][None, :, None, None] / zoom + scan(-28, 44) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
     warp = smooth_volume(rng, num, shape, (1, 5, 5))
     side = np.abs(x + 1.2 * warp)
 
-    weight = rng.dirichlet(np.full(4, 0.25), num).astype(np.float32)  # mostly one weighting, sometimes between two
+    weight = rng.dirichlet(np.full(4, 0.15), num).astype(np.float32)  # mostly one weighting, sometimes between two
     fat, bone, fluid, grey, white, core, rim, oedema = (
         (weight @ TISSUES * np.exp(rng.normal(0, 0.07, (num, 8)))).astype(np.float32).T[..., None, None, None]
     )
@@ -61,15 +61,15 @@ def draw_heads(
     # Shells: depth in millimetres below the skin.
     q = np.sqrt((x / person(70, 78)) ** 2 + (y / person(90, 98)) ** 2 + (z / 92) ** 2 * (z > 0) + (z / 120) ** 2 * (z <= 0))
     depth = (1 - q) * 84
-    signal = mix(np.full_like(depth, 0.0), fat, edge(-depth, 4))
+    signal = mix(np.full_like(depth, 0.05), fat, edge(-depth, 4))
     signal = mix(signal, bone, edge(person(5, 8) - depth, 4))
     signal = mix(signal, fluid, edge(13 - depth, 4))
 
     # Brain: folds of the cortex, white matter under it, the fissure between the halves.
     angle = np.arctan2(y, x)
-    fold = np.cos(person(11, 15) * angle + 0.06 * z + 2.0 * warp + person(0, 6))
-    signal = mix(signal, grey, edge(15.5 + 2.0 * fold - depth, 4))
-    signal = mix(signal, white, edge(22 + 5 * fold - depth, 5))
+    fold = np.cos(round(person(11, 16)) * angle + 0.06 * z + 2.5 * warp + person(0, 6))
+    signal = mix(signal, grey, edge(15 + 2.5 * np.maximum(fold, 0) - depth, 4))
+    signal = mix(signal, white, edge(22 + 4 * fold - depth, 8))
     signal = mix(signal, fluid, edge(side - 1.5, 3) * edge(34 - np.abs(y) - 0.3 * z, 8) * edge(12 - depth, 3))
     signal = mix(signal, grey, edge(np.abs(side - 4) - 2, 3) * edge(30 - np.abs(y) - 0.3 * z, 8) * edge(14 - depth, 3))
 
@@ -96,8 +96,8 @@ def draw_heads(
     signal = _add_tumours(signal, labels, rng, depth, core, rim, oedema, spacing_mm)
     tilt = scan(0, 2 * np.pi)
     slope = (axes[2][None, None, None, :] * np.cos(tilt) + axes[1][None, None, :, None] * np.sin(tilt)) / 96
-    coil = np.exp(scan(0.15, 0.5) * slope + 0.1 * smooth_volume(rng, num, shape, (1, 2, 2)))
-    noise = scan(0.004, 0.012) * rng.standard_normal((2, *signal.shape), np.float32)
+    coil = np.exp(scan(0.3, 0.9) * slope + 0.1 * smooth_volume(rng, num, shape, (1, 2, 2)))
+    noise = scan(0.002, 0.006) * rng.standard_normal((2, *signal.shape), np.float32)
     return np.asarray(np.hypot(signal * coil + noise[0], noise[1]), np.float32)
 
 

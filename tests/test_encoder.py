@@ -1,0 +1,241 @@
+"""The encoder: its sizes, and what its features may and may not depend on.
+
+Shape suffixes: B samples, L tokens, K patches, P values a patch, D width.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import shape_of, tiny_settings
+from torch import Tensor
+
+from mnemos.engine.encoder import Encoder, EncoderShape, block_parameters, pooled
+from mnemos.engine.objectives import Pretrainer
+from mnemos.engine.positions import interpolate_table, sin_cos_table
+from mnemos.engine.presets import PRESETS
+from mnemos.engine.settings import resolve
+
+MILLIONS = {"sample": 2.67, "base": 85.1, "large": 302.3, "huge": 629.8, "giant": 1010.1}  # of the blocks
+GRIDS = {"image": (8, 8), "volume": (1, 8, 8)}
+
+
+@pytest.fixture
+def shape(tiny_sets: Path) -> EncoderShape:
+    return shape_of(tiny_settings(model__layer_scale=0.5), tiny_sets)
+
+
+@pytest.fixture
+def encoder(shape: EncoderShape) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(shape).eval()
+
+
+def patches(shape: EncoderShape, kind: str, batch: int, count: int) -> Tensor:
+    values = shape.image_patch**2 * shape.channels if kind == "image" else shape.volume_patch**3
+    return torch.randn(batch, count, values)
+
+
+def places(batch: int, count: int) -> Tensor:
+    return torch.arange(count).expand(batch, -1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_has_the_size_it_says(preset: str) -> None:
+    settings = resolve(preset, {})
+    with torch.device("meta"):
+        model = Pretrainer(Encoder(shape_of(settings)), settings)
+    count = block_parameters(list(model.encoder.blocks)) / 1e6
+    assert count == pytest.approx(MILLIONS[preset], abs=0.1 if count > 10 else 0.005)
+
+
+def test_a_fresh_model_is_whole(tiny_sets: Path, shape: EncoderShape) -> None:
+    # uninitialised memory holds NaN here: a tensor that nobody filled would show
+    model = Pretrainer(Encoder(shape), tiny_settings())
+    broken = [
+        name
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+        if not value.isfinite().all()
+    ]
+    assert not broken
+    assert all(
+        (block.scale_1 == 0.5).all() and (block.scale_2 == 0.5).all() for block in model.encoder.blocks
+    )
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_every_kind_has_its_own_sequence(encoder: Encoder, kind: str) -> None:
+    features = encoder.forward_patches(kind, patches(encoder.shape, kind, 2, 16), places(2, 16), GRIDS[kind])
+    assert features.shape == (2, 17, 32) and features.isfinite().all()
+    assert not torch.allclose(features[0], features[1])
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_visible_patches_may_come_in_any_order(encoder: Encoder, kind: str) -> None:
+    values, ids = (
+        patches(encoder.shape, kind, 2, 16),
+        torch.stack([torch.randperm(64)[:16] for _ in range(2)]),
+    )
+    order = torch.randperm(16)
+    plain = encoder.forward_patches(kind, values, ids, GRIDS[kind])
+    turned = encoder.forward_patches(kind, values[:, order], ids[:, order], GRIDS[kind])
+    torch.testing.assert_close(turned[:, 1:], plain[:, 1:][:, order])
+    torch.testing.assert_close(turned[:, 0], plain[:, 0])
+    moved = encoder.forward_patches(kind, values, (ids + 1) % 64, GRIDS[kind])
+    assert not torch.allclose(moved, plain, atol=1e-4), "but their places matter"
+
+
+def test_samples_do_not_meet(encoder: Encoder) -> None:
+    values = patches(encoder.shape, "image", 3, 16)
+    whole = encoder.forward_patches("image", values, places(3, 16), (8, 8))
+    alone = encoder.forward_patches("image", values[1:2], places(1, 16), (8, 8))
+    torch.testing.assert_close(whole[1:2], alone)
+
+
+# Texts
+
+
+def test_a_text_does_not_know_its_padding(encoder: Encoder) -> None:
+    lengths = [3, 40, 17, 1]
+    ids_BL = torch.randint(3, encoder.shape.vocab, (4, 40))
+    valid_BL = torch.arange(40) < torch.tensor(lengths)[:, None]
+    whole = encoder.forward_text(ids_BL, valid_BL)
+    other = torch.where(valid_BL, ids_BL, torch.randint(3, encoder.shape.vocab, (4, 40)))
+    noisy = encoder.forward_text(other, valid_BL)
+    for number, length in enumerate(lengths):
+        ids = ids_BL[number : number + 1, :length]
+        alone = encoder.forward_text(ids, torch.ones_like(ids, dtype=torch.bool))
+        torch.testing.assert_close(whole[number, :length], alone[0])
+        torch.testing.assert_close(noisy[number, :length], alone[0])
+        torch.testing.assert_close(pooled(whole, valid_BL)[number], alone[0].mean(dim=0))
+
+
+def test_texts_are_read_in_both_directions(encoder: Encoder) -> None:
+    ids = torch.randint(3, encoder.shape.vocab, (1, 12))
+    valid = torch.ones(1, 12, dtype=torch.bool)
+    plain = encoder.forward_text(ids, valid)
+    for place in (0, 11):
+        changed = ids.clone()
+        changed[0, place] = 3 if ids[0, place] != 3 else 4
+        features = encoder.forward_text(changed, valid)
+        assert (features - plain).abs().amax(dim=2).min() > 1e-6, f"every token sees token {place}"
+
+
+def test_an_encoder_without_texts_says_so() -> None:
+    encoder = Encoder(shape_of(tiny_settings()))
+    with pytest.raises(ValueError, match="without texts"):
+        encoder.forward_text(torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
+
+
+# Pooling
+
+
+def test_cls_is_left_out_of_pooling() -> None:
+    features = torch.randn(3, 9, 4)
+    loud = features.clone()
+    loud[:, 0] = 1e6
+    assert torch.equal(pooled(features, None), pooled(loud, None))
+    torch.testing.assert_close(pooled(features, None), features[:, 1:].mean(dim=1))
+    assert pooled(features.bfloat16(), None).dtype == torch.float32
+
+
+def test_padding_is_left_out_of_pooling() -> None:
+    features, valid = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]], dtype=torch.bool)
+    loud = torch.where(valid[..., None], features, 1e6)
+    torch.testing.assert_close(pooled(loud, valid)[0], features[0, :2].mean(dim=0))
+    torch.testing.assert_close(pooled(loud, valid)[1], features[1, [0, 2, 3]].mean(dim=0))
+
+
+# DropPath and recomputation
+
+
+def test_a_dropped_branch_leaves_the_sample_as_it_was(encoder: Encoder) -> None:
+    values, ids = patches(encoder.shape, "image", 2, 16), places(2, 16)
+    keep = torch.zeros(2, 2 * encoder.shape.depth)
+    tokens = encoder.stem(encoder.tokenizers["image"](values, ids, (8, 8)))
+    assert torch.equal(encoder.forward_patches("image", values, ids, (8, 8), keep), tokens)
+    keep[1] = 1.0
+    mixed = encoder.forward_patches("image", values, ids, (8, 8), keep)
+    assert torch.equal(mixed[0], tokens[0])
+    torch.testing.assert_close(mixed[1], encoder.forward_patches("image", values, ids, (8, 8))[1])
+
+
+def test_recomputation_changes_nothing_but_memory(encoder: Encoder) -> None:
+    values, ids = patches(encoder.shape, "volume", 2, 16), places(2, 16)
+    keep = torch.tensor([[2.0, 0.0, 2.0, 2.0], [0.0, 2.0, 2.0, 0.0]])
+    found = []
+    for recompute in (False, True):
+        encoder.recompute = recompute
+        encoder.zero_grad()
+        features = encoder.forward_patches("volume", values, ids, (1, 8, 8), keep)
+        features.square().sum().backward()
+        gradients = {
+            name: value.grad.clone() for name, value in encoder.named_parameters() if value.grad is not None
+        }
+        found.append((features.detach(), gradients))
+    (plain, plain_gradients), (again, again_gradients) = found
+    assert torch.equal(plain, again) and plain_gradients.keys() == again_gradients.keys()
+    assert all(torch.equal(plain_gradients[name], again_gradients[name]) for name in plain_gradients)
+
+
+# Positions
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 4, 6)])
+def test_positions_of_the_own_grid_are_the_table(grid: tuple[int, ...]) -> None:
+    table = torch.randn(int(torch.tensor(grid).prod()), 5)
+    assert interpolate_table(table, grid, grid) is table
+
+
+@pytest.mark.parametrize(
+    ("grid", "to"),
+    [((4, 6), (8, 12)), ((2, 4, 4), (6, 8, 8)), ((2, 4, 4), (6, 4, 4)), ((1, 4, 4), (4, 8, 8))],
+)
+def test_positions_interpolate_along_their_axes(grid: tuple[int, ...], to: tuple[int, ...]) -> None:
+    axes = torch.meshgrid(*(torch.arange(size) + 0.5 for size in grid), indexing="ij")
+    table = torch.stack([axis.flatten() / size for axis, size in zip(axes, grid, strict=True)], dim=1)
+    table = torch.cat([table, torch.ones(len(table), 1)], dim=1)
+    wanted = torch.meshgrid(*(torch.arange(size) + 0.5 for size in to), indexing="ij")
+    found = interpolate_table(table, grid, to).reshape(*to, len(to) + 1)
+    torch.testing.assert_close(found[..., -1], torch.ones(to))
+    inner = tuple(slice(size // 4 + 1, size - size // 4 - 1) if size > 4 else slice(None) for size in to)
+    for number, (axis, size, old) in enumerate(zip(wanted, to, grid, strict=True)):
+        if old > 2:  # a ramp stays a ramp away from the border
+            torch.testing.assert_close(found[..., number][inner], (axis / size)[inner], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid"), [("image", (16, 12)), ("volume", (4, 12, 12)), ("volume", (1, 16, 16))]
+)
+def test_larger_inputs_run_and_every_place_is_told_apart(
+    encoder: Encoder, kind: str, grid: tuple[int, ...]
+) -> None:
+    count = int(torch.tensor(grid).prod())
+    values = torch.zeros(1, count, patches(encoder.shape, kind, 1, 1).shape[2])
+    tokens = encoder.tokenizers[kind](values, places(1, count), grid)[0]
+    near = (tokens[:, None] - tokens[None]).abs().amax(dim=2) + torch.eye(count)
+    if kind == "image" or grid[0] == 1:  # a table of one depth cannot tell depths apart
+        assert near.min() > 1e-4
+    assert encoder.forward_patches(kind, values, places(1, count), grid).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "width"), [((8, 8), 32), ((1, 12, 12), 512), ((2, 3, 4), 32), ((14, 14), 512)]
+)
+def test_fixed_positions_are_distinct_and_bounded(grid: tuple[int, ...], width: int) -> None:
+    table = sin_cos_table(grid, width)
+    assert table.shape == (int(torch.tensor(grid).prod()), width) and table.abs().max() <= 1
+    assert torch.pdist(table).min() > 0.1
+    per_axis = width // len(grid) // 2 * 2
+    assert (table[:, per_axis * len(grid) :] == 0).all()
+    first = table.reshape(*grid, width)[..., :per_axis]
+    assert torch.equal(first, first[(slice(None), *([slice(0, 1)] * (len(grid) - 1)))].expand_as(first)), (
+        "an axis each"
+    )
+
+
+def test_grids_follow_the_presets_sizes() -> None:
+    base = shape_of(resolve("base", {}))
+    assert (base.image_grid, base.volume_grid) == ((14, 14), (1, 12, 12))
+    sample = shape_of(resolve("sample", {}))
+    assert (sample.image_grid, sample.volume_grid, sample.vocab) == ((8, 8), (1, 8, 8), 0)
