@@ -88,7 +88,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Return the configuration given to DeepSpeed: ours, with the user's entries on top."""
     stage = zero_stage(settings, user)
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    alone = settings.training.batch == micro_batch * accumulate  # one rank: gradients need no buffer to be sent from
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage != 1 or not alone}
     if stage in (1, 2):
         # nothing reads the norm, and computing it would wait for the device every step
         zero["compute_grad_norm"] = False

@@ -43,6 +43,8 @@ def adopt_environment() -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port() if world_size() == 1 else 29500))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Threads that wait for each other by spinning stall a step tenfold on a machine that does other work as well.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if interface := _interface_towards(os.environ["MASTER_ADDR"]):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if interface != "lo":

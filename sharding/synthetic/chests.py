@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mnemos.sharding.synthetic.drawing import F32, edge, ellipse, mix, smooth_field, stream, turn, uniform
 
-CLASSES = ("normal", "opacity", "effusion")
+CLASSES = ("clear", "opacity", "effusion")
 Side = Literal["right", "left"]
 
 
@@ -45,7 +45,7 @@ class Study:
     Attributes:
         label: one of CLASSES.
         group: the patient, a number within the split.
-        findings: none for "normal".
+        findings: none for "clear".
         heart: share by which the heart is wider than usual; above 0.2 it is enlarged.
         volume: depth of breath; below -0.5 low, above 0.5 hyperinflated.
         aorta: above 0.5 tortuous.
@@ -70,7 +70,7 @@ def draw_studies(seed: int, split: str, groups: int, visits: int) -> list[Study]
         rng = stream(seed, "studies", split, group)
         label = CLASSES[group % len(CLASSES)]
         kinds: tuple[Literal["consolidation", "nodule", "effusion"], ...] = {
-            "normal": (),
+            "clear": (),
             "opacity": ((("consolidation",), ("nodule",), ("consolidation", "nodule"))[rng.choice(3, p=[0.5, 0.35, 0.15])]),
             "effusion": ((("effusion",), ("effusion", "consolidation"))[rng.choice(2, p=[0.75, 0.25])]),
         }[label]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from mnemos.sharding.synthetic.drawing import F32, edge, ellipse, mix, smooth_volume, turn, uniform
 
 CLASSES = ("healthy", "tumour")
+UNITS = 1000  # stored steps of a signal of 1
 
 # Brightness of fat, bone, fluid, grey matter, white matter, tumour core, rim and oedema by weighting.
 TISSUES = np.array(
