@@ -46,7 +46,7 @@ def restore_checkpoint(folder: Path, engine: Engine) -> int:
     """Load the last checkpoint, if there is one, and return its finished updates (0 without); collective.
 
     Raises:
-        UserError: it was written by another number of ranks, ZeRO stage or precision.
+        UserError: it was written by another number of ranks, ZeRO stage or precision, or it is damaged.
     """
     pointer: dict[str, Any] | None = dist.on_main(lambda: _read_pointer(folder))
     if pointer is None:
@@ -59,7 +59,10 @@ def restore_checkpoint(folder: Path, engine: Engine) -> int:
             f"{ {key: now[key] for key in other} }; go on as it was begun, or remove {folder} to begin the stage again"
         )
     with dist.quiet():
-        engine.engine.load_checkpoint(str(folder), tag=pointer["name"], load_lr_scheduler_states=False)
+        loaded, _ = engine.engine.load_checkpoint(
+            str(folder), tag=pointer["name"], load_lr_scheduler_states=False
+        )
+    assert loaded is not None, f"DeepSpeed found no checkpoint {pointer['name']} in {folder}"
     step: int = pointer["step"]
     return step
 
@@ -72,8 +75,14 @@ def remove_checkpoints(folder: Path) -> None:
 def _read_pointer(folder: Path) -> dict[str, Any] | None:
     try:
         pointer: dict[str, Any] = json.loads((folder / _POINTER).read_text(encoding="utf-8"))
+        known = {"step", "name", "world_size", "zero", "bf16"} <= pointer.keys()
+        sound = known and (folder / pointer["name"]).is_dir()
     except OSError:
         return None
-    except ValueError:
-        raise UserError(f"{folder / _POINTER} is damaged; remove {folder} to begin the stage again") from None
+    except (ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(
+            f"{folder / _POINTER} is damaged, or the checkpoint it names is gone; remove {folder} to begin the stage again"
+        )
     return pointer

@@ -71,7 +71,13 @@ def check_with_deepspeed(settings: Settings, user: dict[str, Any], world_size: i
     )
     try:
         DeepSpeedConfig(config)
-    except (ValidationError, DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"--deepspeed_config: DeepSpeed refuses {place}={first['input']!r} ({first['msg']}); correct or remove it"
+        ) from None
+    except (DeepSpeedConfigError, AssertionError, ValueError, TypeError) as error:
         raise UserError(
             f"--deepspeed_config: DeepSpeed refuses it ({error}); correct that entry, see deepspeed.ai"
         ) from None
@@ -88,8 +94,14 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Return the configuration given to DeepSpeed: ours, with the user's entries on top."""
     stage = zero_stage(settings, user)
-    alone = settings.training.batch == micro_batch * accumulate  # one rank: gradients need no buffer to be sent from
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": stage != 1 or not alone}
+    alone = (
+        settings.training.batch == micro_batch * accumulate
+    )  # one rank: gradients need no buffer to be sent from
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": stage != 1 or not alone,
+    }
     if stage in (1, 2):
         # nothing reads the norm, and computing it would wait for the device every step
         zero["compute_grad_norm"] = False

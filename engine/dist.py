@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from mnemos.sharding.command import USER_MISTAKE
+
 if TYPE_CHECKING:
     import torch
 
@@ -115,10 +117,18 @@ def meet(timeout_s: int = 1800) -> None:
     # Else the first run compiles a C++ extension; gloo gives the same sums without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    with quiet():
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
-        )
+    try:
+        with quiet():
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
+            )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        reason = f"port {port} is taken, perhaps by another run on this machine"
+        print(f"error: {reason}; name a free one: deepspeed --master_port NUMBER ...", file=sys.stderr)
+        leave(USER_MISTAKE)
 
 
 def share(decide: Callable[[], T]) -> T | Refusal:

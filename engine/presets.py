@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.text_positions": 128,
         "training.batch": 16,
         "training.epochs": 13,
-        "training.base_lr": 1.6e-2,
+        "training.base_lr": 3.2e-2,
         "training.warmup": 0.1,
         "rehearsal.mix_group": 4,
         "rehearsal.least_share": 0.1,

@@ -59,6 +59,11 @@ class RunDirectory:
                     f"--run {self.path}: holds {others[0]!r} but no run (no {CONFIG}); name a new or empty folder, or "
                     "one that a run was begun in"
                 )
+        nearest = next(
+            parent for parent in (self.path.absolute(), *self.path.absolute().parents) if parent.exists()
+        )
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+            raise UserError(f"--run {self.path}: nothing can be written in {nearest}; name another folder")
 
     def create(self, settings: Settings) -> None:
         """Make the folder and write the resolved settings, unless that was done before.

@@ -221,4 +221,4 @@ def _fixed(value: float | None, digits: int = 3) -> str | None:
 
 def _tell(message: str) -> None:
     if dist.is_main():
-        print(message, file=sys.stderr, flush=True)
+        print(" ".join(message.split()), file=sys.stderr, flush=True)

@@ -171,6 +171,8 @@ def test_a_run_that_died_before_its_first_file_is_begun_again(tmp_path: Path) ->
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="nothing can be written in"):
+        RunDirectory(tmp_path / "file" / "run").check()
     with pytest.raises(UserError, match="cannot be made") as caught:
         RunDirectory(tmp_path / "file" / "run").create(resolve("sample", {}))
     assert "--run" in str(caught.value)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import deepspeed_command
 from tiny_data import TINY
 
 from mnemos.sharding.modalities import DEFAULT_ORDER
@@ -52,8 +53,7 @@ def train(run: Path, data: Path, variants: dict[str, Any], *, ranks: int, watche
     }
     file = run.parent / f"request-{ranks}.json"
     file.write_text(json.dumps(request), encoding="utf-8")
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(ranks)]
-    command = [*launcher, WORKER, file] if ranks > 1 else [sys.executable, WORKER, file]
+    command = [*deepspeed_command(WORKER, ranks=ranks), file] if ranks > 1 else [sys.executable, WORKER, file]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))

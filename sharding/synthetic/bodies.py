@@ -16,7 +16,10 @@ AIR, LUNG, FAT, MUSCLE = -1000.0, -850.0, -100.0, 50.0
 
 
 def draw_bodies(
-    labels: npt.NDArray[np.int_], rng: np.random.Generator, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+    labels: npt.NDArray[np.int_],
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
 ) -> npt.NDArray[np.int16]:
     """Draw slabs of one patient: int16 [N, Z, Y, X] in HU.
 
@@ -35,7 +38,10 @@ def draw_bodies(
         return uniform(rng, low, high, num, 3)
 
     # Where the slab lies in the body.
-    axes = [(np.arange(size, dtype=np.float32) - (size - 1) / 2) * step for size, step in zip(shape, spacing_mm, strict=True)]
+    axes = [
+        (np.arange(size, dtype=np.float32) - (size - 1) / 2) * step
+        for size, step in zip(shape, spacing_mm, strict=True)
+    ]
     zoom = np.exp(scan(-0.15, 0.2)) * person(0.92, 1.08)
     x, y = turn(axes[2][None, None, None, :], axes[1][None, None, :, None], scan(-0.25, 0.25))
     x, y = x / zoom + scan(-60, 60), y / zoom + scan(-38, 38)
@@ -68,7 +74,9 @@ def draw_bodies(
     level = person(-55, -25)
     hu = mix(hu, np.where(y < level, -880.0, person(10, 45)).astype(np.float32), stomach)
     for sign in (-1, 1):
-        kidney = ellipse(x - sign * 56, y - 40, 27, 24) + 0.02 * (z + 85 + 8 * sign) ** 2 * (np.abs(z + 85) > 8)
+        kidney = ellipse(x - sign * 56, y - 40, 27, 24) + 0.02 * (z + 85 + 8 * sign) ** 2 * (
+            np.abs(z + 85) > 8
+        )
         hu = mix(hu, 35 + 0.9 * contrast, below * edge(kidney, 6) * edge(z + 45, 12))
 
     # Above it: lungs around the heart and great vessels.
@@ -89,7 +97,9 @@ def draw_bodies(
     high = edge(62 - z, 15)
     hu = mix(hu, 42 + contrast, edge(ellipse(x + 14, y + 22, 15, 15), 5) * high)
     hu = mix(hu, 42 + 0.8 * contrast, edge(ellipse(x - 14, y + 14, 22, 12), 5) * high)
-    hu = mix(hu, -960, edge(ellipse(side - 0.35 * np.clip(90 - z, 0, 60), y - 14, 8, 8), 4) * edge(50 - z, 10))
+    hu = mix(
+        hu, -960, edge(ellipse(side - 0.35 * np.clip(90 - z, 0, 60), y - 14, 8, 8), 4) * edge(50 - z, 10)
+    )
     joint = edge(0.75 - np.cos(2 * np.pi * z / 27 + person(0, 6)), 0.3)
     bone = person(130, 260)
     body = ellipse(x, y - spine_y, 21, 17)
@@ -106,25 +116,38 @@ def draw_bodies(
     inside = edge(skin, 5)
     hu = hu + inside * (scan(15, 60) * shade + 8 * smooth_volume(rng, num, shape, (1, 3, 3)))
     hu = hu + scan(1.5, 4) * rng.standard_normal(hu.shape, np.float32)
-    return np.clip(np.rint(hu), -1024, 1024).astype(np.int16)
+    return np.clip(4 * np.rint(hu / 4), -1024, 1024).astype(np.int16)
 
 
-def _add_lesions(hu: F32, labels: npt.NDArray[np.int_], rng: np.random.Generator, lung: F32, liver: F32, liver_hu: float,
-                 spacing_mm: tuple[float, float, float]) -> F32:
+def _add_lesions(
+    hu: F32,
+    labels: npt.NDArray[np.int_],
+    rng: np.random.Generator,
+    lung: F32,
+    liver: F32,
+    liver_hu: float,
+    spacing_mm: tuple[float, float, float],
+) -> F32:
     """Put one ball of tumour into lung or liver of every labelled sample, well inside the field of view."""
     num, depth, height, width = hu.shape
     z, y, x = (np.arange(n, dtype=np.float32) for n in (depth, height, width))
     for i in range(num):
         place = (lung[i] + liver[i]) > 0.9
-        place[: depth // 4] = place[-(depth // 4):] = False
-        place[:, : height // 6] = place[:, -(height // 6):] = False
-        place[:, :, : width // 6] = place[:, :, -(width // 6):] = False
+        place[: depth // 4] = place[-(depth // 4) :] = False
+        place[:, : height // 6] = place[:, -(height // 6) :] = False
+        place[:, :, : width // 6] = place[:, :, -(width // 6) :] = False
         spots = np.flatnonzero(place)
         pick, size, level, lump = rng.random(4)
         if labels[i] == 0 or not len(spots):
+            if labels[i]:
+                print("no place")
             continue
         cz, cy, cx = np.unravel_index(spots[int(pick * len(spots))], place.shape)
-        dz, dy, dx = ((z - cz) * spacing_mm[0])[:, None, None], ((y - cy) * spacing_mm[1])[:, None], (x - cx) * spacing_mm[2]
+        dz, dy, dx = (
+            ((z - cz) * spacing_mm[0])[:, None, None],
+            ((y - cy) * spacing_mm[1])[:, None],
+            (x - cx) * spacing_mm[2],
+        )
         angle = np.arctan2(dy, dx)
         radius = (9 + 8 * size) * (1 + 0.06 * np.sin(3 * angle + 6 * lump))
         ball = edge(np.sqrt(dz * dz + dy * dy + dx * dx) - radius, 5)

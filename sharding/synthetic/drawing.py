@@ -5,11 +5,12 @@ that they broadcast against the grid.
 """
 
 import zlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-F32 = npt.NDArray[np.float32]
+F32 = npt.NDArray[Any]  # float32 by intent; NumPy's stubs lose the width in mixed arithmetic
 
 
 def stream(seed: int, *names: str | int) -> np.random.Generator:
@@ -51,6 +52,16 @@ def mix(base: F32, colour: F32 | float, share: F32) -> F32:
     return np.asarray(base + share * (colour - base), np.float32)
 
 
+def by_rank(field: F32, curve: F32) -> F32:
+    """Replace the values of each field [N, Y, X] by those of ``curve`` [N, Y * X], ascending, keeping their order."""
+    flat = field.reshape(len(field), -1)
+    values = np.empty(flat.shape, np.float32)
+    np.put_along_axis(
+        values, np.argsort(flat, axis=1, kind="stable"), np.broadcast_to(curve, flat.shape), axis=1
+    )
+    return values.reshape(field.shape)
+
+
 def upsampler(size: int, cells: int) -> F32:
     """Return the [size, cells + 3] matrix that interpolates a random lattice by cubic B-splines."""
     position = np.linspace(0, cells, size, endpoint=False) + 0.5 * cells / size
@@ -70,7 +81,9 @@ def smooth_field(rng: np.random.Generator, num: int, size: int, cells: int) -> F
     return np.asarray((matrix @ lattice @ matrix.T) * 2.1, np.float32)
 
 
-def smooth_volume(rng: np.random.Generator, num: int, shape: tuple[int, int, int], cells: tuple[int, int, int]) -> F32:
+def smooth_volume(
+    rng: np.random.Generator, num: int, shape: tuple[int, int, int], cells: tuple[int, int, int]
+) -> F32:
     """Draw smooth random fields [num, Z, Y, X] of about unit variance with ``cells`` bumps along each axis."""
     up_z, up_y, up_x = (upsampler(size, count) for size, count in zip(shape, cells, strict=True))
     lattice = rng.standard_normal((num, *(count + 3 for count in cells)), np.float32)

@@ -13,22 +13,25 @@ import numpy.typing as npt
 from mnemos.sharding.synthetic.drawing import F32, edge, ellipse, mix, smooth_volume, turn, uniform
 
 CLASSES = ("healthy", "tumour")
-UNITS = 1000  # stored steps of a signal of 1
+UNITS = 120  # stored steps of a signal of 1
 
 # Brightness of fat, bone, fluid, grey matter, white matter, tumour core, rim and oedema by weighting.
 TISSUES = np.array(
     [
-        [1.00, 0.08, 0.18, 0.55, 0.78, 0.35, 0.95, 0.50],  # T1, contrast agent given
-        [0.75, 0.06, 1.00, 0.58, 0.40, 0.85, 0.55, 0.88],  # T2
-        [0.70, 0.06, 0.10, 0.60, 0.45, 0.55, 0.75, 0.95],  # FLAIR
-        [0.80, 0.10, 0.85, 0.80, 0.62, 0.80, 0.75, 0.92],  # proton density
+        [1.00, 0.08, 0.18, 0.52, 0.85, 0.35, 0.95, 0.50],  # T1, contrast agent given
+        [0.75, 0.06, 1.00, 0.62, 0.38, 0.85, 0.55, 0.88],  # T2
+        [0.70, 0.06, 0.10, 0.66, 0.45, 0.55, 0.75, 0.95],  # FLAIR
+        [0.80, 0.10, 0.85, 0.82, 0.60, 0.80, 0.75, 0.92],  # proton density
     ],
     np.float32,
 )
 
 
 def draw_heads(
-    labels: npt.NDArray[np.int_], rng: np.random.Generator, shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+    labels: npt.NDArray[np.int_],
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
 ) -> F32:
     """Draw slabs of one patient: signal [N, Z, Y, X], at least 0, in arbitrary units of about 1.
 
@@ -46,7 +49,10 @@ def draw_heads(
     def scan(low: float, high: float) -> F32:
         return uniform(rng, low, high, num, 3)
 
-    axes = [(np.arange(size, dtype=np.float32) - (size - 1) / 2) * step for size, step in zip(shape, spacing_mm, strict=True)]
+    axes = [
+        (np.arange(size, dtype=np.float32) - (size - 1) / 2) * step
+        for size, step in zip(shape, spacing_mm, strict=True)
+    ]
     zoom = np.exp(scan(0.2, 0.5))
     x, y = turn(axes[2][None, None, None, :], axes[1][None, None, :, None], scan(-0.3, 0.3))
     x, y = x / zoom + scan(-22, 22), y / zoom + scan(-28, 28)
@@ -54,13 +60,20 @@ def draw_heads(
     warp = smooth_volume(rng, num, shape, (1, 5, 5))
     side = np.abs(x + 1.2 * warp)
 
-    weight = rng.dirichlet(np.full(4, 0.15), num).astype(np.float32)  # mostly one weighting, sometimes between two
+    weight = rng.dirichlet(np.full(4, 0.15), num).astype(
+        np.float32
+    )  # mostly one weighting, sometimes between two
     fat, bone, fluid, grey, white, core, rim, oedema = (
         (weight @ TISSUES * np.exp(rng.normal(0, 0.07, (num, 8)))).astype(np.float32).T[..., None, None, None]
     )
 
     # Shells: depth in millimetres below the skin.
-    q = np.sqrt((x / person(70, 78)) ** 2 + (y / person(90, 98)) ** 2 + (z / 92) ** 2 * (z > 0) + (z / 120) ** 2 * (z <= 0))
+    q = np.sqrt(
+        (x / person(70, 78)) ** 2
+        + (y / person(90, 98)) ** 2
+        + (z / 92) ** 2 * (z > 0)
+        + (z / 120) ** 2 * (z <= 0)
+    )
     depth = (1 - q) * 84
     signal = mix(np.full_like(depth, 0.05), fat, edge(-depth, 4))
     signal = mix(signal, bone, edge(person(5, 8) - depth, 4))
@@ -69,10 +82,12 @@ def draw_heads(
     # Brain: folds of the cortex, white matter under it, the fissure between the halves.
     angle = np.arctan2(y, x)
     fold = np.cos(round(person(11, 16)) * angle + 0.06 * z + 2.5 * warp + person(0, 6))
-    signal = mix(signal, grey, edge(15 + 2.5 * np.maximum(fold, 0) - depth, 4))
-    signal = mix(signal, white, edge(22 + 4 * fold - depth, 8))
+    signal = mix(signal, grey, edge(15 + 3 * fold * fold * (fold > 0) - depth, 4))
+    signal = mix(signal, white, edge(22.5 + 3 * fold - depth, 8))
     signal = mix(signal, fluid, edge(side - 1.5, 3) * edge(34 - np.abs(y) - 0.3 * z, 8) * edge(12 - depth, 3))
-    signal = mix(signal, grey, edge(np.abs(side - 4) - 2, 3) * edge(30 - np.abs(y) - 0.3 * z, 8) * edge(14 - depth, 3))
+    signal = mix(
+        signal, grey, edge(np.abs(side - 4) - 2, 3) * edge(30 - np.abs(y) - 0.3 * z, 8) * edge(14 - depth, 3)
+    )
 
     # Deep grey nuclei and ventricles.
     deep = edge(np.abs(z + 2) - 16, 8)
@@ -97,31 +112,45 @@ def draw_heads(
     signal = _add_tumours(signal, labels, rng, depth, core, rim, oedema, spacing_mm)
     tilt = scan(0, 2 * np.pi)
     slope = (axes[2][None, None, None, :] * np.cos(tilt) + axes[1][None, None, :, None] * np.sin(tilt)) / 96
-    coil = np.exp(scan(0.3, 0.9) * slope + 0.1 * smooth_volume(rng, num, shape, (1, 2, 2)))
-    noise = scan(0.002, 0.006) * rng.standard_normal((2, *signal.shape), np.float32)
+    coil = np.exp(scan(0.35, 1.0) * slope + 0.1 * smooth_volume(rng, num, shape, (1, 2, 2)))
+    noise = scan(0.0015, 0.004) * rng.standard_normal((2, *signal.shape), np.float32)
     return np.asarray(np.hypot(signal * coil + noise[0], noise[1]), np.float32)
 
 
-def _add_tumours(signal: F32, labels: npt.NDArray[np.int_], rng: np.random.Generator, depth: F32, core: F32, rim: F32,
-                 oedema: F32, spacing_mm: tuple[float, float, float]) -> F32:
+def _add_tumours(
+    signal: F32,
+    labels: npt.NDArray[np.int_],
+    rng: np.random.Generator,
+    depth: F32,
+    core: F32,
+    rim: F32,
+    oedema: F32,
+    spacing_mm: tuple[float, float, float],
+) -> F32:
     """Put one ring-enhancing tumour with oedema into the brain of every labelled sample, well inside the field of view."""
     num, slices, height, width = signal.shape
     z, y, x = (np.arange(n, dtype=np.float32) for n in (slices, height, width))
     for i in range(num):
         place = depth[i] > 26
-        place[: slices // 4] = place[-(slices // 4):] = False
-        place[:, : height // 6] = place[:, -(height // 6):] = False
-        place[:, :, : width // 6] = place[:, :, -(width // 6):] = False
+        place[: slices // 4] = place[-(slices // 4) :] = False
+        place[:, : height // 6] = place[:, -(height // 6) :] = False
+        place[:, :, : width // 6] = place[:, :, -(width // 6) :] = False
         spots = np.flatnonzero(place)
         pick, size, thick, lump, spread = rng.random(5)
         if labels[i] == 0 or not len(spots):
             continue
         cz, cy, cx = np.unravel_index(spots[int(pick * len(spots))], place.shape)
-        dz, dy, dx = ((z - cz) * spacing_mm[0])[:, None, None], ((y - cy) * spacing_mm[1])[:, None], (x - cx) * spacing_mm[2]
+        dz, dy, dx = (
+            ((z - cz) * spacing_mm[0])[:, None, None],
+            ((y - cy) * spacing_mm[1])[:, None],
+            (x - cx) * spacing_mm[2],
+        )
         angle = np.arctan2(dy, dx)
-        away = np.sqrt(dz * dz + dy * dy + dx * dx) * (1 + 0.06 * np.sin(3 * angle + 6 * lump))
+        away = np.sqrt(dz * dz + dy * dy + dx * dx) * (1 + 0.07 * np.sin(3 * angle + 6 * lump))
         radius = 9 + 9 * size
-        swollen = edge(away - radius - 10 - 10 * spread + 3 * np.sin(4 * angle + lump), 8) * edge(18 - depth[i], 5)
+        swollen = edge(away - radius - 8 - 10 * spread + 2.5 * np.sin(2 * angle + 6 * lump), 9) * edge(
+            18 - depth[i], 5
+        )
         signal[i] = mix(signal[i], oedema[i], 0.8 * swollen)
         signal[i] = mix(signal[i], rim[i], edge(away - radius, 4))
         signal[i] = mix(signal[i], core[i], edge(away - radius + 4 + 3 * thick, 4))

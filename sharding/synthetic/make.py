@@ -4,7 +4,6 @@ Nothing is downloaded and nothing is copied: generators draw films, tiles, slabs
 streams of random numbers of its own, so one does not change when another does.
 """
 
-import argparse
 import multiprocessing
 import os
 import shutil
@@ -22,7 +21,7 @@ from mnemos.sharding.errors import UserError
 from mnemos.sharding.keys import SYNTHETIC_KEY
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES
 from mnemos.sharding.sample import Sample
-from mnemos.sharding.synthetic import bodies, chests, heads, reports, tiles
+from mnemos.sharding.synthetic import bodies, chests, heads, reports, studies, tiles
 from mnemos.sharding.synthetic.drawing import stream
 from mnemos.sharding.tokenizer import train_tokenizer
 from mnemos.sharding.writer import ShardSetWriter, check_new_folder
@@ -31,26 +30,26 @@ VERSION = "1"  # of the generators; a change of any of them raises it
 SEED = 2311
 SIZE = STORED_SIZES["sample"]
 VISITS = 4  # samples a group
-GROUPS = {"train": 255, "val": 51}  # multiples of 3, for classes of equal size
+GROUPS = {"train": 240, "val": 48}  # multiples of 3, for classes of equal size
 BATCH = 16  # groups of images drawn at once; part of what the bytes depend on
 WORKERS = 2
 
 
 def draw_reports(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
     """Yield the report of every study."""
-    for place, study in enumerate(chests.draw_studies(seed, split, groups, VISITS)):
+    for place, study in enumerate(studies.draw_studies(seed, split, groups, VISITS)):
         text = reports.write_report(study, stream(seed, "report", split, place))
         yield _sample(text, split, place, study.label)
 
 
 def draw_films(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
     """Yield the film of every study, in the order of the reports."""
-    studies = chests.draw_studies(seed, split, groups, VISITS)
-    for start in range(0, len(studies), BATCH * VISITS):
-        batch = studies[start : start + BATCH * VISITS]
+    shown = studies.draw_studies(seed, split, groups, VISITS)
+    for start in range(0, len(shown), BATCH * VISITS):
+        batch = shown[start : start + BATCH * VISITS]
         films = chests.draw_chests(batch, stream(seed, "xray", split, start), SIZE.image[0])
         for place, (film, study) in enumerate(zip(films, batch, strict=True), start):
-            yield _sample(film[None], split, place, study.label)
+            yield _sample(film[None], split, place, study.label, scale=1 / 255)
 
 
 def draw_tiles(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
@@ -61,7 +60,7 @@ def draw_tiles(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
         labels = batch % len(tiles.CLASSES)
         drawn = tiles.draw_tiles(labels, batch, stream(seed, "pathology", split, start), SIZE.image[0])
         for place, (tile, label) in enumerate(zip(drawn, labels, strict=True), start):
-            yield _sample(tile, split, place, tiles.CLASSES[label])
+            yield _sample(tile, split, place, tiles.CLASSES[label], scale=1 / 255)
 
 
 def draw_bodies(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
@@ -88,12 +87,35 @@ def draw_heads(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
             yield _sample(stored, split, place, heads.CLASSES[label], scale=scale, shift=shift)
 
 
+def _sample(
+    array: np.ndarray | str, split: str, place: int, label: str, scale: float = 1.0, shift: float = 0.0
+) -> Sample:
+    source, group = f"{split}/{place}", f"{split}/{place // VISITS}"
+    return Sample(array=array, source=source, group=group, label=label, scale=scale, shift=shift)
+
+
 GENERATORS: dict[str, tuple[Callable[..., Iterator[Sample]], tuple[str, ...], str]] = {
-    "ct": (draw_bodies, bodies.CLASSES, "trunks drawn from solids in Hounsfield units; lesions in half of the patients"),
-    "mri": (draw_heads, heads.CLASSES, "heads drawn from shells with a random weighting; tumours in half of the patients"),
-    "pathology": (draw_tiles, tiles.CLASSES, "nuclei and stroma drawn as stain densities; classes differ in arrangement"),
-    "xray": (draw_films, chests.CLASSES, "chests drawn as sums of attenuations, exposed to a random film curve"),
-    "report": (draw_reports, chests.CLASSES, "texts of a grammar about the findings of the synthetic films"),
+    "ct": (
+        draw_bodies,
+        bodies.CLASSES,
+        "trunks drawn from solids in Hounsfield units; lesions in half of the patients",
+    ),
+    "mri": (
+        draw_heads,
+        heads.CLASSES,
+        "heads drawn from shells with a random weighting; tumours in half of the patients",
+    ),
+    "pathology": (
+        draw_tiles,
+        tiles.CLASSES,
+        "nuclei and stroma drawn as stain densities; classes differ in arrangement",
+    ),
+    "xray": (
+        draw_films,
+        studies.CLASSES,
+        "chests drawn as sums of attenuations, exposed to a random film curve",
+    ),
+    "report": (draw_reports, studies.CLASSES, "texts of a grammar about the findings of the synthetic films"),
 }
 
 
@@ -132,7 +154,9 @@ def make_set(name: str, folder: Path, groups: dict[str, int], seed: int = SEED) 
             tokenizer_file.unlink(missing_ok=True)
 
 
-def make_sample_shards(root: Path, progress: bool = True, groups: dict[str, int] | None = None, seed: int = SEED) -> None:
+def make_sample_shards(
+    root: Path, progress: bool = True, groups: dict[str, int] | None = None, seed: int = SEED
+) -> None:
     """Make ``root`` with one shard set of each modality in it, whole or not at all.
 
     Args:
@@ -156,7 +180,10 @@ def make_sample_shards(root: Path, progress: bool = True, groups: dict[str, int]
         # Spawned, because the caller may hold threads; two, because more would not pay on the smallest machine.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(WORKERS, context) as pool:
-            jobs = {pool.submit(make_set, name, partial / name, groups or GROUPS, seed): name for name in GENERATORS}
+            jobs = {
+                pool.submit(make_set, name, partial / name, groups or GROUPS, seed): name
+                for name in GENERATORS
+            }
             for job in as_completed(jobs):
                 job.result()
                 if progress:
@@ -172,8 +199,12 @@ def make_sample_shards(root: Path, progress: bool = True, groups: dict[str, int]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the sample shards as the command line says."""
-    parser = Parser(prog="python -m mnemos.sharding.synthetic.make", description="Make the synthetic sample shards.")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder; it gets one sub-folder per modality")
+    parser = Parser(
+        prog="python -m mnemos.sharding.synthetic.make", description="Make the synthetic sample shards."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder; it gets one sub-folder per modality"
+    )
     arguments = parser.parse_args(argv)
     make_sample_shards(arguments.out)
     print(f"written to {arguments.out}")

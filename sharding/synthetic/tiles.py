@@ -10,7 +10,7 @@ Legend: N samples, K nuclei, Y, X pixels.
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.sharding.synthetic.drawing import F32, edge, mix, smooth_field, turn, uniform
+from mnemos.sharding.synthetic.drawing import F32, by_rank, edge, mix, smooth_field, turn, uniform
 
 CLASSES = ("glandular", "nested", "diffuse")
 NUCLEI = 64
@@ -21,7 +21,9 @@ HAEMATOXYLIN = np.array([0.65, 0.70, 0.29], np.float32)
 EOSIN = np.array([0.16, 0.90, 0.42], np.float32)
 
 
-def draw_tiles(labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: np.random.Generator, size: int = 64) -> npt.NDArray[np.uint8]:
+def draw_tiles(
+    labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: np.random.Generator, size: int = 64
+) -> npt.NDArray[np.uint8]:
     """Draw one tile of each label: uint8 [N, 3, size, size].
 
     Args:
@@ -40,7 +42,7 @@ def draw_tiles(labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: 
         return uniform(rng, low, high, num)
 
     axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    zoom = np.exp(tile(-0.35, 0.25))
+    zoom = np.exp(tile(-0.45, 0.1))
     angle = tile(0, np.pi)
     x, y = turn(axis[None, None, :] * zoom, axis[None, :, None] * zoom, angle)
     warp_x, warp_y = (0.12 * smooth_field(rng, num, size, 3) for _ in range(2))
@@ -53,15 +55,22 @@ def draw_tiles(labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: 
     kind = labels[:, None, None]
     cells = np.where(kind == 2, smooth_field(rng, num, size, 3), inside).astype(np.float32)
     epithelium = _top_share(cells, tile(0.25, 0.5), 0.3)
-    gaps = np.where(kind == 0, inside, np.where(kind == 1, 1 - np.abs(inside - 0.2) + 0.15 * loose, loose)).astype(np.float32)
-    white = _top_share(gaps, tile(0.08, 0.28), 0.04)
+    gaps = np.where(
+        kind == 0, inside, np.where(kind == 1, 1 - np.abs(inside - 0.2) + 0.15 * loose, loose)
+    ).astype(np.float32)
+    white = _top_share(gaps, tile(0.12, 0.32), 0.04)
 
     # Where a nucleus may lie, as a weight for every pixel.
     ring = np.exp(-(((inside - 0.42) / 0.11) ** 2))
     solid = edge(0.3 - inside, 0.15)
-    weight = np.where(kind == 0, ring + 0.02, np.where(kind == 1, solid + 0.02, 0.4 + epithelium)) * (1 - white) + 1e-4
+    weight = (
+        np.where(kind == 0, ring + 0.02, np.where(kind == 1, solid + 0.02, 0.4 + epithelium)) * (1 - white)
+        + 1e-4
+    )
     radius = tissue(3.2, 4.4) / zoom
-    nuclei, chromatin = _nuclei(weight.astype(np.float32), rng, radius, tissue(12, 20) * zoom**2, angle, tissue(0.1, 0.5))
+    nuclei, chromatin = _nuclei(
+        weight.astype(np.float32), rng, radius, tissue(10, 16) * zoom**2, angle, tissue(0.1, 0.5)
+    )
 
     white = white * (1 - nuclei)
     fibre = np.cos(2 * np.pi * (tissue(1.2, 2.0) * v + 0.4 * smooth_field(rng, num, size, 4)))
@@ -69,40 +78,46 @@ def draw_tiles(labels: npt.NDArray[np.int_], groups: npt.NDArray[np.int_], rng: 
     cloud = smooth_field(rng, num, size, 2)
     eosin = 0.15 * fibre * (1 - 0.8 * epithelium) - 0.25 * epithelium + 0.3 * cloud
     eosin = _match(eosin.astype(np.float32), rng)
-    haema = tissue(0.03, 0.4) + 0.22 * epithelium + 0.04 * cloud
-    haema = mix(haema, tile(0.75, 1.0) + 0.35 * chromatin, nuclei) * (1 - white) + 0.02
+    haema = tissue(0.02, 0.5) + 0.22 * epithelium + 0.04 * cloud
+    haema = mix(haema, tile(0.6, 0.9) + 0.3 * chromatin, nuclei) * (1 - white) + 0.02
     eosin = mix(eosin, 0.35, nuclei) * (1 - white) + 0.02
 
-    slope = tile(0.2, 0.6) * (axis[None, None, :] * np.cos(tilt) + axis[None, :, None] * np.sin(tilt)) + 0.1 * cloud
+    slope = (
+        tile(0.3, 0.75) * (axis[None, None, :] * np.cos(tilt) + axis[None, :, None] * np.sin(tilt))
+        + 0.1 * cloud
+    )
     thickness = np.exp(slope)
     num_groups = int(of_N.max()) + 1
     stain_h, stain_e = (_stain(vector, rng, num_groups)[of_N] for vector in (HAEMATOXYLIN, EOSIN))
-    density = (
-        (thickness * tissue(1.0, 1.9) * haema)[:, None] * stain_h[:, :, None, None]
-        + (thickness * tissue(0.25, 1.1) * eosin)[:, None] * stain_e[:, :, None, None]
-    )
+    density = (thickness * tissue(1.0, 1.9) * haema)[:, None] * stain_h[:, :, None, None] + (
+        thickness * tissue(0.2, 1.2) * eosin
+    )[:, None] * stain_e[:, :, None, None]
     lamp = tile(235, 252)[:, None] * np.exp(0.015 * rng.standard_normal((num, 3, 1, 1), np.float32))
-    light = lamp * np.exp(-density) + tile(0.3, 1.0)[:, None] * rng.standard_normal((num, 3, size, size), np.float32)
+    light = lamp * np.exp(-density) + tile(0.3, 1.0)[:, None] * rng.standard_normal(
+        (num, 3, size, size), np.float32
+    )
     return np.rint(np.clip(light, 0, 255)).astype(np.uint8)
 
 
 def _islands(u: F32, v: F32, spacing: F32, shift_u: F32, shift_v: F32) -> F32:
     """Return a hexagonal field of islands: 1 at a centre, about -0.4 between three of them."""
     phase_u, phase_v = 2 * np.pi * (u / spacing + shift_u), 2 * np.pi * (v / spacing + shift_v)
-    waves = sum(np.cos(0.5 * (np.cos(a) * phase_u + np.sin(a) * phase_v) * 2 / np.sqrt(3)) for a in (0.0, np.pi / 3, 2 * np.pi / 3))
+    waves = sum(
+        np.cos(0.5 * (np.cos(a) * phase_u + np.sin(a) * phase_v) * 2 / np.sqrt(3))
+        for a in (0.0, np.pi / 3, 2 * np.pi / 3)
+    )
     return np.asarray(waves / 3, np.float32)
 
 
 def _top_share(field: F32, share: F32, ramp: float) -> F32:
     """Return 1 on the ``share`` of pixels with the highest values, 0 elsewhere; the ramp between takes the share ``ramp``."""
-    num, pixels = len(field), field[0].size
-    rank = np.empty((num, pixels), np.float32)
-    order = np.argsort(field.reshape(num, -1), axis=1, kind="stable")
-    np.put_along_axis(rank, order, np.linspace(0, 1, pixels, dtype=np.float32)[None], axis=1)
-    return edge(1 - share - rank.reshape(field.shape), ramp)
+    rank = by_rank(field, np.linspace(0, 1, field[0].size, dtype=np.float32))
+    return edge(1 - share - rank, ramp)
 
 
-def _place(weight: F32, rng: np.random.Generator, reach: F32) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _place(
+    weight: F32, rng: np.random.Generator, reach: F32
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Choose NUCLEI places per tile, most likely where ``weight`` is high, at least ``reach`` pixels apart: rows, columns.
 
     Gumbel noise on the log weight makes the largest score a draw by weight; a disc around each place taken is closed.
@@ -119,7 +134,9 @@ def _place(weight: F32, rng: np.random.Generator, reach: F32) -> tuple[npt.NDArr
     return rows, columns
 
 
-def _nuclei(weight: F32, rng: np.random.Generator, radius: F32, count: F32, angle: F32, stretch: F32) -> tuple[F32, F32]:
+def _nuclei(
+    weight: F32, rng: np.random.Generator, radius: F32, count: F32, angle: F32, stretch: F32
+) -> tuple[F32, F32]:
     """Place ``count`` elliptic nuclei where ``weight`` is high: coverage and chromatin texture, each [N, Y, X]."""
     num, height, width = weight.shape
     rows, columns = _place(weight[:, ::2, ::2], rng, radius * 0.85)
@@ -135,7 +152,11 @@ def _nuclei(weight: F32, rng: np.random.Generator, radius: F32, count: F32, angl
     texture = cover * np.clip(distance / r + rng.uniform(0.6, 1.3, shape), 0, 1)
     canvas = np.zeros((2, num, height + 2 * WINDOW, width + 2 * WINDOW), np.float32)
     step = np.arange(WINDOW) + WINDOW - WINDOW // 2
-    at = (np.arange(num)[:, None, None, None], 2 * rows[..., None, None] + step[:, None], 2 * columns[..., None, None] + step)
+    at = (
+        np.arange(num)[:, None, None, None],
+        2 * rows[..., None, None] + step[:, None],
+        2 * columns[..., None, None] + step,
+    )
     np.maximum.at(canvas[0], at, cover.astype(np.float32))
     np.maximum.at(canvas[1], at, texture.astype(np.float32))
     nuclei, chromatin = canvas[:, :, WINDOW:-WINDOW, WINDOW:-WINDOW]
@@ -144,16 +165,11 @@ def _nuclei(weight: F32, rng: np.random.Generator, radius: F32, count: F32, angl
 
 def _match(field: F32, rng: np.random.Generator) -> F32:
     """Give every field, by rank, values between about 0.3 and 1 with a mean of its own."""
-    num = len(field)
-    flat = field.reshape(num, -1)
-    p = (np.arange(flat.shape[1], dtype=np.float32) + 0.5) / flat.shape[1]
-    curve = 0.3 + 0.7 * p ** np.exp(uniform(rng, -0.4, 0.4, num, 1))
-    matched = np.empty_like(flat)
-    np.put_along_axis(matched, np.argsort(flat, axis=1, kind="stable"), curve.astype(np.float32), axis=1)
-    return matched.reshape(field.shape)
+    p = np.linspace(0, 1, field[0].size, dtype=np.float32)
+    return by_rank(field, 0.3 + 0.7 * p ** np.exp(uniform(rng, -0.4, 0.4, len(field), 1)))
 
 
 def _stain(vector: F32, rng: np.random.Generator, num: int) -> F32:
     """Draw ``num`` variants of a stain's optical density vector, [num, 3]."""
-    varied = vector * np.exp(rng.normal(0, 0.1, (num, 3)))
+    varied = vector * np.exp(rng.normal(0, 0.15, (num, 3)))
     return np.asarray(varied / np.linalg.norm(varied, axis=1, keepdims=True), np.float32)
