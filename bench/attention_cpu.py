@@ -16,7 +16,11 @@ from torch import Tensor
 from mnemos.engine.plain_table import format_table
 from mnemos.kernels.attention import attention
 
-SHAPES = {"encoder, 17 tokens": (16, 3, 17, 64), "decoder, 65 tokens": (16, 4, 65, 32), "texts, 50 tokens": (16, 3, 50, 64)}
+SHAPES = {
+    "encoder, 17 tokens": (16, 3, 17, 64),
+    "decoder, 65 tokens": (16, 4, 65, 32),
+    "texts, 50 tokens": (16, 3, 50, 64),
+}
 REPEATS = 30
 
 
@@ -42,7 +46,12 @@ def main() -> None:
                     function(*inputs).sum().backward()
                     times[provider].append(1e3 * (time.perf_counter() - start))
             ours, theirs = (statistics.median(times[provider]) for provider in times)
-            row = {"shape": name, "dtype": str(dtype).removeprefix("torch."), "ours": f"{ours:.2f}", "fused": f"{theirs:.2f}"}
+            row = {
+                "shape": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "ours": f"{ours:.2f}",
+                "fused": f"{theirs:.2f}",
+            }
             rows.append({**row, "fused / ours": f"{theirs / ours:.2f}"})
     print(format_table(rows, ["shape", "dtype", "ours", "fused", "fused / ours"]))
 

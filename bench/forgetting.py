@@ -23,10 +23,17 @@ STRATEGIES = ("medcoss", "sequential")
 
 def main() -> None:
     """Do the runs and print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
-    parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"), help="where the runs lie; finished ones are kept")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/forgetting"),
+        help="where the runs lie; finished ones are kept",
+    )
     parser.add_argument("--out", type=Path, help="append one JSON line a run to this file")
     parser.add_argument("flags", nargs="*", help="further flags of engine/train.py, after --")
     given = parser.parse_args()
@@ -42,7 +49,12 @@ def main() -> None:
     if given.out:
         with given.out.open("a", encoding="utf-8") as file:
             for name, stages in found.items():
-                line = {"bench": "forgetting", "run": name, "machine": platform.machine(), "stages": list(stages.values())}
+                line = {
+                    "bench": "forgetting",
+                    "run": name,
+                    "machine": platform.machine(),
+                    "stages": list(stages.values()),
+                }
                 file.write(json.dumps(line) + "\n")
 
 
@@ -53,12 +65,16 @@ def drift_table(found: dict[str, dict[str, Any]], seeds: int) -> str:
         row: dict[str, object] = {"modality": modality}
         ratios = []
         for seed in range(seeds):
-            kept, plain = (found[f"{name}-{seed}"][DEFAULT_ORDER[-1]]["drift"][modality] for name in STRATEGIES)
+            kept, plain = (
+                found[f"{name}-{seed}"][DEFAULT_ORDER[-1]]["drift"][modality] for name in STRATEGIES
+            )
             ratios.append(kept / plain)
             row[f"seed {seed}"] = f"{kept:.3f} / {plain:.3f} = {kept / plain:.2f}"
         rows.append({**row, "mean": f"{statistics.mean(ratios):.2f}"})
     columns = ["modality", *(f"seed {seed}" for seed in range(seeds)), "mean"]
-    return "drift after the last stage, medcoss / sequential (at most 0.50 is asked for)\n" + format_table(rows, columns)
+    return "drift after the last stage, medcoss / sequential (at most 0.50 is asked for)\n" + format_table(
+        rows, columns
+    )
 
 
 def loss_table(found: dict[str, dict[str, Any]], seeds: int) -> str:
@@ -73,7 +89,9 @@ def loss_table(found: dict[str, dict[str, Any]], seeds: int) -> str:
             row[f"seed {seed}"] = f"{kept:.3f} / {plain:.3f} = {kept / plain:.3f}"
         rows.append({**row, "mean": f"{statistics.mean(ratios):.3f}"})
     columns = ["stage", *(f"seed {seed}" for seed in range(seeds)), "mean"]
-    return "validation loss of a stage, medcoss / sequential (at most 1.030 is asked for)\n" + format_table(rows, columns)
+    return "validation loss of a stage, medcoss / sequential (at most 1.030 is asked for)\n" + format_table(
+        rows, columns
+    )
 
 
 if __name__ == "__main__":

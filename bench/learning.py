@@ -19,9 +19,16 @@ TARGET = 0.90  # of the best constant's loss, for images and volumes
 
 def main() -> None:
     """Do both runs and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the cores are shared out")
-    parser.add_argument("--folder", type=Path, default=Path("runs/learning"), help="where the runs lie; finished ones are kept")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/learning"),
+        help="where the runs lie; finished ones are kept",
+    )
     parser.add_argument("flags", nargs="*", help="further flags of engine/train.py, after --")
     given = parser.parse_args()
     runs = [
@@ -43,7 +50,9 @@ def main() -> None:
             }
         )
     print(format_table(rows, ["stage", "no model", "loss", "ratio", "shuffled", "shuffled ratio"]))
-    print(f"images and volumes: a ratio of {TARGET:.2f} is asked for; shuffled visible patches must not reach it")
+    print(
+        f"images and volumes: a ratio of {TARGET:.2f} is asked for; shuffled visible patches must not reach it"
+    )
 
 
 if __name__ == "__main__":

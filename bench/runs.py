@@ -23,7 +23,9 @@ class Run:
     flags: tuple[str, ...]
 
 
-def do_runs(folder: Path, runs: Sequence[Run], stage: str, common: Sequence[str], jobs: int) -> dict[str, dict[str, Any]]:
+def do_runs(
+    folder: Path, runs: Sequence[Run], stage: str, common: Sequence[str], jobs: int
+) -> dict[str, dict[str, Any]]:
     """Do the runs, `jobs` at a time, and return the stages of each run's ledger by stage name, by run name.
 
     Raises:
@@ -34,7 +36,16 @@ def do_runs(folder: Path, runs: Sequence[Run], stage: str, common: Sequence[str]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     def one(run: Run) -> tuple[str, dict[str, Any]]:
-        command = [sys.executable, str(TRAIN), "--stage", stage, "--run", str(folder / run.name), *common, *run.flags]
+        command = [
+            sys.executable,
+            str(TRAIN),
+            "--stage",
+            stage,
+            "--run",
+            str(folder / run.name),
+            *common,
+            *run.flags,
+        ]
         log = folder / f"{run.name}.log"
         with log.open("w", encoding="utf-8") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode

@@ -60,7 +60,7 @@ class ImageRows(_Rows):
         scale_B, shift_B: model value = raw * scale + shift.
         visible_BK, masked_BM: int64 patch places, ascending.
         flip_BA: bool, axes to mirror; None for none.
-        partner_BC: the other sample of a mixup pair, raw, shaped as `images`; with its scale and shift.
+        partner_B: int64 row of the other sample of a mixup pair; None for no mixture.
         weight_B: share of the sample itself in the mixture; None for no mixture.
     """
 

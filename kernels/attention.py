@@ -13,11 +13,15 @@ from torch import Tensor
 
 
 # ---- reference: the definition. Softmax in fp32; any device, any dtype.
-def attention_reference(q_BHLW: Tensor, k_BHLW: Tensor, v_BHLW: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+def attention_reference(
+    q_BHLW: Tensor, k_BHLW: Tensor, v_BHLW: Tensor, mask_BL: Tensor | None = None
+) -> Tensor:
     """Return what `attention` defines, with the [L, L] weights written out."""
     score_BHLL = (q_BHLW * q_BHLW.shape[-1] ** -0.5) @ k_BHLW.transpose(-2, -1)
     if mask_BL is not None:
-        hidden = torch.finfo(score_BHLL.dtype).min  # finite: a row without any visible token gives a mean, not NaN
+        hidden = torch.finfo(
+            score_BHLL.dtype
+        ).min  # finite: a row without any visible token gives a mean, not NaN
         score_BHLL = score_BHLL.masked_fill(~mask_BL[:, None, None, :], hidden)
     softmax_in = torch.float32 if score_BHLL.dtype in (torch.bfloat16, torch.float16) else score_BHLL.dtype
     return score_BHLL.softmax(-1, dtype=softmax_in).to(v_BHLW.dtype) @ v_BHLW
@@ -38,7 +42,9 @@ def attention(q_BHLW: Tensor, k_BHLW: Tensor, v_BHLW: Tensor, mask_BL: Tensor | 
     """
     if not q_BHLW.shape == k_BHLW.shape == v_BHLW.shape or q_BHLW.ndim != 4:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q_BHLW, k_BHLW, v_BHLW))
-        raise ValueError(f"attention: q, k and v have shapes {shapes}; all three must be the same [B, H, L, W]")
+        raise ValueError(
+            f"attention: q, k and v have shapes {shapes}; all three must be the same [B, H, L, W]"
+        )
     if q_BHLW.device.type == "cpu":
         return attention_reference(q_BHLW, k_BHLW, v_BHLW, mask_BL)
     mask = None if mask_BL is None else mask_BL[:, None, None, :]

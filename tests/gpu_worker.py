@@ -13,7 +13,7 @@ from mnemos.engine.curriculum import make_plan
 from mnemos.engine.settings import parse_assignment
 from mnemos.engine.stage_training import StageTraining
 
-STEPS, WARM = 18, 9
+STEPS, WARM = 36, 12
 
 
 def main() -> None:
@@ -51,7 +51,9 @@ def main() -> None:
             name = training.sets[raw.member].manifest.name
             watched.add(name)
             waits += [
-                f"update {number} ({name}): {one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)
+                f"update {number} ({name}): {one.filename}:{one.lineno}"
+                for one in caught
+                if "synchroniz" in str(one.message)
             ]
     answer = {"losses": [float(loss) for loss in losses], "waits": waits, "watched": sorted(watched)}
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")

@@ -83,7 +83,35 @@ runpy.run_path(script, run_name="__main__")
 
 def test_everything_may_be_said() -> None:
     given = parse(
-        ["--stage", "ct", "--only", "--dry-run", "--fresh", "--run", "a", "--data", "b", "--preset", "base", "--set", "training.batch=64", "--set", "curriculum.stages=[xray,ct]", "--strategy", "sequential", "--seed", "3", "--epochs", "1.5", "--steps", "7", "--deepspeed_config", "c.json", "--deepspeed", "--local_rank=1"]
+        [
+            "--stage",
+            "ct",
+            "--only",
+            "--dry-run",
+            "--fresh",
+            "--run",
+            "a",
+            "--data",
+            "b",
+            "--preset",
+            "base",
+            "--set",
+            "training.batch=64",
+            "--set",
+            "curriculum.stages=[xray,ct]",
+            "--strategy",
+            "sequential",
+            "--seed",
+            "3",
+            "--epochs",
+            "1.5",
+            "--steps",
+            "7",
+            "--deepspeed_config",
+            "c.json",
+            "--deepspeed",
+            "--local_rank=1",
+        ]
     )
     assert (given.stage, given.only, given.dry_run, given.fresh) == ("ct", True, True, True)
     assert (given.run, given.data, given.deepspeed_config) == (Path("a"), Path("b"), Path("c.json"))

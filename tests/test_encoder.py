@@ -121,6 +121,13 @@ def test_texts_are_read_in_both_directions(encoder: Encoder) -> None:
         assert (features - plain).abs().amax(dim=2).min() > 1e-6, f"every token sees token {place}"
 
 
+def test_words_have_places(encoder: Encoder) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    plain, turned = encoder.forward_text(ids, valid), encoder.forward_text(ids.flip(1), valid)
+    assert (plain - turned.flip(1)).abs().amax(dim=2).min() > 1e-4
+
+
 def test_an_encoder_without_texts_says_so() -> None:
     encoder = Encoder(shape_of(tiny_settings()))
     with pytest.raises(ValueError, match="without texts"):
@@ -158,6 +165,19 @@ def test_a_dropped_branch_leaves_the_sample_as_it_was(encoder: Encoder) -> None:
     mixed = encoder.forward_patches("image", values, ids, (8, 8), keep)
     assert torch.equal(mixed[0], tokens[0])
     torch.testing.assert_close(mixed[1], encoder.forward_patches("image", values, ids, (8, 8))[1])
+
+
+@pytest.mark.parametrize(
+    ("column", "scale"), [(0, "0.scale_1"), (1, "0.scale_2"), (2, "1.scale_1"), (3, "1.scale_2")]
+)
+def test_each_branch_has_its_own_factor(encoder: Encoder, column: int, scale: str) -> None:
+    values, ids = patches(encoder.shape, "image", 2, 16), places(2, 16)
+    keep = torch.ones(2, 4)
+    keep[:, column] = 2.0
+    dropped = encoder.forward_patches("image", values, ids, (8, 8), keep)
+    with torch.no_grad():
+        encoder.blocks.get_parameter(scale).mul_(2.0)
+    torch.testing.assert_close(dropped, encoder.forward_patches("image", values, ids, (8, 8)))
 
 
 def test_recomputation_changes_nothing_but_memory(encoder: Encoder) -> None:

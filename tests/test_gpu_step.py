@@ -20,9 +20,18 @@ TRAIN = Path(__file__).resolve().parents[1] / "engine" / "train.py"
 @pytest.fixture(scope="module")
 def answer(tiny_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("gpu")
-    assignments = [text for text in TINY if not text.startswith("training.steps")] + ["training.steps=12"]
+    assignments = [text for text in TINY if not text.startswith("training.steps")] + ["training.steps=20"]
     flags = [part for text in assignments for part in ("--set", text)]
-    command = [sys.executable, TRAIN, "--stage", DEFAULT_ORDER[-2], "--run", folder / "run", "--data", tiny_sets]
+    command = [
+        sys.executable,
+        TRAIN,
+        "--stage",
+        DEFAULT_ORDER[-2],
+        "--run",
+        folder / "run",
+        "--data",
+        tiny_sets,
+    ]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}

@@ -54,7 +54,11 @@ def test_matches_a_loop(B: int, H: int, L: int, W: int, dtype: torch.dtype, mask
         )
 
     for name, ours, theirs, exact in zip(
-        ("out", "dq", "dk", "dv"), run(attention, dtype), run(eager, dtype), run(oracle, torch.float64), strict=True
+        ("out", "dq", "dk", "dv"),
+        run(attention, dtype),
+        run(eager, dtype),
+        run(oracle, torch.float64),
+        strict=True,
     ):
         assert_as_accurate_as_eager(name, ours, theirs, exact)
 

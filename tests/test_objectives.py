@@ -200,6 +200,18 @@ def test_distillation_starts_at_exactly_zero(tiny_sets: Path, name: str) -> None
     assert student(replace(rows, keep=None), patches, other).item() > 0.0
 
 
+def test_padding_and_holes_are_not_distilled(tiny_sets: Path) -> None:
+    bench = Bench(tiny_sets, "report")
+    student = bench.model()
+    rows = bench.rows(bench.raw(list(range(8))), "rehearsal")
+    assert isinstance(rows, TextRows) and not rows.valid_BL.all()
+    target = torch.randn(*rows.ids_BL.shape, bench.shape.width)
+    features = encode(student.encoder, rows, None)
+    expected = (features - target).square().mean(dim=2)[rows.valid_BL].sum()
+    torch.testing.assert_close(student(rows, None, target), expected)
+    assert local_count(rows, "rehearsal") == int(rows.valid_BL.sum())
+
+
 # Training against validation
 
 

@@ -70,7 +70,9 @@ def train(plan: Plan, overrides: dict[str, Any], steps: int, watched: set[int]) 
         if before:
             after = snapshot(training)
             idle = [name for name in before if part(name) not in active_parts(manifest.kind, phase)]
-            answer["moved"] += [f"update {number}: {name}" for name in idle if not torch.equal(before[name], after[name])]
+            answer["moved"] += [
+                f"update {number}: {name}" for name in idle if not torch.equal(before[name], after[name])
+            ]
             assert idle and not all(torch.equal(before[name], after[name]) for name in before)
     training.engine.release()
     return answer
@@ -84,7 +86,9 @@ def snapshot(training: StageTraining) -> Weights:
         flat = group["params"]
         if training.engine.stage == 3:  # its groups are filled only while they step
             owner = wrapped.sub_group_to_group_id
-            flat = [one for sub, one in enumerate(wrapped.fp32_partitioned_groups_flat) if owner[sub] == number]
+            flat = [
+                one for sub, one in enumerate(wrapped.fp32_partitioned_groups_flat) if owner[sub] == number
+            ]
         for place, parameter in enumerate(flat):
             for name, value in optimizer.state[parameter].items():
                 found[f"moments/{group['part']}/{number}/{place}/{name}"] = value.clone()

@@ -28,7 +28,7 @@ def draw_chests(studies: Sequence[Study], rng: np.random.Generator, size: int = 
     of_N = np.array([patients[study.group] for study in studies])
 
     def person(low: float, high: float) -> F32:
-        return uniform(rng, low, high, len(patients))[of_N]
+        return np.asarray(uniform(rng, low, high, len(patients))[of_N])
 
     def visit(low: float, high: float) -> F32:
         return uniform(rng, low, high, num)
@@ -40,7 +40,7 @@ def draw_chests(studies: Sequence[Study], rng: np.random.Generator, size: int = 
 
     # Lungs: a tall half ellipse each, cut by the mediastinum and the diaphragm's dome, which is lower on the left.
     breath = 0.07 * np.clip(_column(study.volume for study in studies), -1.3, 1.3)
-    base = 0.48 + breath + np.where(x > 0, person(0.0, 0.08), 0.0)
+    base = 0.48 + breath + np.where(x > 0, person(0.0, 0.08), np.float32(0))
     dome = np.asarray(base + person(0.5, 1.1) * (1 - 4 * breath) * (side - 0.36) ** 2 - 0.06, np.float32)
     wall = ellipse(side - 0.29, y - 0.52, person(0.49, 0.54), person(1.2, 1.36) + breath)
     inner = 0.13 + 0.03 * np.cos(5 * y)
@@ -68,7 +68,8 @@ def draw_chests(studies: Sequence[Study], rng: np.random.Generator, size: int = 
 
 
 def _column(values: Iterable[float]) -> F32:
-    return np.array(list(values), np.float32)[:, None, None]
+    column: F32 = np.array(list(values), np.float32)[:, None, None]
+    return column
 
 
 def _spot(finding: Finding) -> tuple[float, float]:
@@ -191,4 +192,4 @@ def _expose(film: F32, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     straight = uniform(rng, 0.1, 1.0, num, 1)
     curve = (straight * p + (1 - straight) * (p * p * (3 - 2 * p))) ** np.exp(uniform(rng, -0.5, 0.5, num, 1))
     black, white = uniform(rng, 0, 45, num, 1), uniform(rng, 190, 255, num, 1)
-    return by_rank(film, black + (white - black) * curve).round().astype(np.uint8)
+    return np.asarray(np.rint(by_rank(film, black + (white - black) * curve)), np.uint8)

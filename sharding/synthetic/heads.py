@@ -7,13 +7,29 @@ brightness of the scan's weighting, and the receiving coil shades the whole.
 Legend: N samples, Z, Y, X voxels.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
-from mnemos.sharding.synthetic.drawing import F32, edge, ellipse, mix, smooth_volume, turn, uniform
+from mnemos.sharding.synthetic.drawing import (
+    F32,
+    around,
+    edge,
+    ellipse,
+    mix,
+    pick_voxel,
+    slab_axes,
+    smooth_volume,
+    turn,
+    uniform,
+)
 
 CLASSES = ("healthy", "tumour")
 UNITS = 120  # stored steps of a signal of 1
+
+Draw = Callable[[float, float], float]
 
 # Brightness of fat, bone, fluid, grey matter, white matter, tumour core, rim and oedema by weighting.
 TISSUES = np.array(
@@ -25,6 +41,19 @@ TISSUES = np.array(
     ],
     np.float32,
 )
+
+
+class _Tissues(NamedTuple):
+    """Brightness of each tissue in each sample, [N, 1, 1, 1]; the order of TISSUES."""
+
+    fat: F32
+    bone: F32
+    fluid: F32
+    grey: F32
+    white: F32
+    core: F32
+    rim: F32
+    oedema: F32
 
 
 def draw_heads(
@@ -49,109 +78,83 @@ def draw_heads(
     def scan(low: float, high: float) -> F32:
         return uniform(rng, low, high, num, 3)
 
-    axes = [
-        (np.arange(size, dtype=np.float32) - (size - 1) / 2) * step
-        for size, step in zip(shape, spacing_mm, strict=True)
-    ]
+    # Where the slab lies in the head; the head about fills the field of view.
+    z_mm, y_mm, x_mm = slab_axes(shape, spacing_mm)
     zoom = np.exp(scan(0.2, 0.5))
-    x, y = turn(axes[2][None, None, None, :], axes[1][None, None, :, None], scan(-0.3, 0.3))
+    x, y = turn(x_mm, y_mm, scan(-0.3, 0.3))
     x, y = x / zoom + scan(-22, 22), y / zoom + scan(-28, 28)
-    z = axes[0][None, :, None, None] / zoom + scan(-28, 44) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
+    z = z_mm / zoom + scan(-28, 44) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
+
+    weighting = rng.dirichlet(np.full(len(TISSUES), 0.15), num)  # mostly one, sometimes between two
+    brightness = weighting @ TISSUES * np.exp(rng.normal(0, 0.07, (num, TISSUES.shape[1])))
+    tissues = _Tissues(*brightness.T.astype(np.float32)[..., None, None, None])
+
     warp = smooth_volume(rng, num, shape, (1, 5, 5))
-    side = np.abs(x + 1.2 * warp)
-
-    weight = rng.dirichlet(np.full(4, 0.15), num).astype(
-        np.float32
-    )  # mostly one weighting, sometimes between two
-    fat, bone, fluid, grey, white, core, rim, oedema = (
-        (weight @ TISSUES * np.exp(rng.normal(0, 0.07, (num, 8)))).astype(np.float32).T[..., None, None, None]
-    )
-
-    # Shells: depth in millimetres below the skin.
-    q = np.sqrt(
+    q = (
         (x / person(70, 78)) ** 2
         + (y / person(90, 98)) ** 2
-        + (z / 92) ** 2 * (z > 0)
-        + (z / 120) ** 2 * (z <= 0)
+        + (z / np.where(z > 0, np.float32(92), np.float32(120))) ** 2
     )
-    depth = (1 - q) * 84
-    signal = mix(np.full_like(depth, 0.05), fat, edge(-depth, 4))
-    signal = mix(signal, bone, edge(person(5, 8) - depth, 4))
-    signal = mix(signal, fluid, edge(13 - depth, 4))
+    depth = (1 - np.sqrt(q)) * 84  # millimetres below the skin
+    signal = _shells(x, y, z, depth, warp, tissues, person)
+    signal = _inside(signal, x, y, z, depth, warp, tissues, person)
+    for i in np.flatnonzero(labels):
+        signal[i] = _add_tumour(
+            signal[i], depth[i], _Tissues(*(tissue[i] for tissue in tissues)), rng, spacing_mm
+        )
 
-    # Brain: folds of the cortex, white matter under it, the fissure between the halves.
-    angle = np.arctan2(y, x)
-    fold = np.cos(round(person(11, 16)) * angle + 0.06 * z + 2.5 * warp + person(0, 6))
-    signal = mix(signal, grey, edge(15 + 3 * fold * fold * (fold > 0) - depth, 4))
-    signal = mix(signal, white, edge(22.5 + 3 * fold - depth, 8))
-    signal = mix(signal, fluid, edge(side - 1.5, 3) * edge(34 - np.abs(y) - 0.3 * z, 8) * edge(12 - depth, 3))
-    signal = mix(
-        signal, grey, edge(np.abs(side - 4) - 2, 3) * edge(30 - np.abs(y) - 0.3 * z, 8) * edge(14 - depth, 3)
-    )
-
-    # Deep grey nuclei and ventricles.
-    deep = edge(np.abs(z + 2) - 16, 8)
-    signal = mix(signal, grey, edge(ellipse(side - 11, y - 12, 9, 14), 4) * deep)
-    px, py = turn(side - 27, y, -0.35)
-    signal = mix(signal, grey, edge(ellipse(px, py, 7, 18), 4) * deep)
-    signal = mix(signal, grey, edge(ellipse(side - 14, y + 24, 6, 11), 4) * edge(np.abs(z - 4) - 18, 8))
-    large = person(0.7, 1.5)
-    horn = ellipse(side - 5 - 0.006 * (y - 2) ** 2, y - 4, 4.5 + 3.5 * large, 26 + 8 * large)
-    signal = mix(signal, fluid, edge(horn, 4) * edge(np.abs(z - 10) - 13 - 2 * large, 6))
-    signal = mix(signal, fluid, edge(ellipse(side, y - 8, 2 + 1.5 * large, 15), 3) * edge(z - 4, 6))
-
-    # Below: cerebellum with its folia, and the brain stem.
-    low = edge(z + 30, 8) * edge(14 - depth, 4)
-    cx, cy = x, y - 42
-    cerebellum = edge(ellipse(cx, cy, 48, 32), 5) * low
-    folia = 0.5 + 0.5 * np.cos(0.5 * np.sqrt(cx * cx + cy * cy) + warp)
-    signal = mix(signal, grey + 0.5 * folia * (white - grey), cerebellum)
-    signal = mix(signal, white, edge(ellipse(x, y - 8, 15, 13), 4) * low)
-    signal = mix(signal, fluid, edge(ellipse(x, y - 24, 8, 5), 3) * low)
-
-    signal = _add_tumours(signal, labels, rng, depth, core, rim, oedema, spacing_mm)
     tilt = scan(0, 2 * np.pi)
-    slope = (axes[2][None, None, None, :] * np.cos(tilt) + axes[1][None, None, :, None] * np.sin(tilt)) / 96
-    coil = np.exp(scan(0.35, 1.0) * slope + 0.1 * smooth_volume(rng, num, shape, (1, 2, 2)))
+    slope = scan(0.35, 1.0) / 96 * (x_mm * np.cos(tilt) + y_mm * np.sin(tilt))
+    coil = np.exp(slope + 0.1 * smooth_volume(rng, num, shape, (1, 2, 2)))
     noise = scan(0.0015, 0.004) * rng.standard_normal((2, *signal.shape), np.float32)
     return np.asarray(np.hypot(signal * coil + noise[0], noise[1]), np.float32)
 
 
-def _add_tumours(
-    signal: F32,
-    labels: npt.NDArray[np.int_],
-    rng: np.random.Generator,
-    depth: F32,
-    core: F32,
-    rim: F32,
-    oedema: F32,
-    spacing_mm: tuple[float, float, float],
+def _shells(x: F32, y: F32, z: F32, depth: F32, warp: F32, t: _Tissues, person: Draw) -> F32:
+    """Return scalp, skull, fluid, the folded cortex over white matter, and the fissure between the halves."""
+    signal = mix(np.full_like(depth, 0.05), t.fat, edge(-depth, 4))
+    signal = mix(signal, t.bone, edge(person(5, 8) - depth, 4))
+    signal = mix(signal, t.fluid, edge(13 - depth, 4))
+    fold = np.cos(round(person(11, 16)) * np.arctan2(y, x) + 0.06 * z + 2.5 * warp + person(0, 6))
+    signal = mix(signal, t.grey, edge(15 + 3 * fold * np.maximum(fold, 0) - depth, 4))
+    signal = mix(signal, t.white, edge(22.5 + 3 * fold - depth, 8))
+    side = np.abs(x + 1.2 * warp)
+    ends = 32 - np.abs(y) - 0.3 * z  # the fissure is deep in front and behind, shallow in the middle
+    signal = mix(signal, t.grey, edge(side - 6, 3) * edge(ends - 2, 8) * edge(14 - depth, 3))
+    return mix(signal, t.fluid, edge(side - 1.5, 3) * edge(ends + 2, 8) * edge(12 - depth, 3))
+
+
+def _inside(signal: F32, x: F32, y: F32, z: F32, depth: F32, warp: F32, t: _Tissues, person: Draw) -> F32:
+    """Paint the deep grey nuclei, the ventricles, and below them the cerebellum and the brain stem."""
+    side = np.abs(x + 1.2 * warp)
+    deep = edge(np.abs(z + 2) - 16, 8)
+    signal = mix(signal, t.grey, edge(ellipse(side - 11, y - 12, 9, 14), 4) * deep)
+    px, py = turn(side - 27, y, -0.35)
+    signal = mix(signal, t.grey, edge(ellipse(px, py, 7, 18), 4) * deep)
+    signal = mix(signal, t.grey, edge(ellipse(side - 14, y + 24, 6, 11), 4) * edge(np.abs(z - 4) - 18, 8))
+    large = person(0.7, 1.5)
+    horn = ellipse(side - 5 - 0.006 * (y - 2) ** 2, y - 4, 4.5 + 3.5 * large, 26 + 8 * large)
+    signal = mix(signal, t.fluid, edge(horn, 4) * edge(np.abs(z - 10) - 13 - 2 * large, 6))
+    signal = mix(signal, t.fluid, edge(ellipse(side, y - 8, 2 + 1.5 * large, 15), 3) * edge(z - 4, 6))
+
+    low = edge(z + 30, 8) * edge(14 - depth, 4)
+    folia = 0.5 + 0.5 * np.cos(0.5 * np.hypot(x, y - 42) + warp)
+    signal = mix(signal, mix(t.grey, t.white, 0.5 * folia), edge(ellipse(x, y - 42, 48, 32), 5) * low)
+    signal = mix(signal, t.white, edge(ellipse(x, y - 8, 15, 13), 4) * low)
+    return mix(signal, t.fluid, edge(ellipse(x, y - 24, 8, 5), 3) * low)
+
+
+def _add_tumour(
+    signal: F32, depth: F32, t: _Tissues, rng: np.random.Generator, spacing_mm: tuple[float, float, float]
 ) -> F32:
-    """Put one ring-enhancing tumour with oedema into the brain of every labelled sample, well inside the field of view."""
-    num, slices, height, width = signal.shape
-    z, y, x = (np.arange(n, dtype=np.float32) for n in (slices, height, width))
-    for i in range(num):
-        place = depth[i] > 26
-        place[: slices // 4] = place[-(slices // 4) :] = False
-        place[:, : height // 6] = place[:, -(height // 6) :] = False
-        place[:, :, : width // 6] = place[:, :, -(width // 6) :] = False
-        spots = np.flatnonzero(place)
-        pick, size, thick, lump, spread = rng.random(5)
-        if labels[i] == 0 or not len(spots):
-            continue
-        cz, cy, cx = np.unravel_index(spots[int(pick * len(spots))], place.shape)
-        dz, dy, dx = (
-            ((z - cz) * spacing_mm[0])[:, None, None],
-            ((y - cy) * spacing_mm[1])[:, None],
-            (x - cx) * spacing_mm[2],
-        )
-        angle = np.arctan2(dy, dx)
-        away = np.sqrt(dz * dz + dy * dy + dx * dx) * (1 + 0.07 * np.sin(3 * angle + 6 * lump))
-        radius = 9 + 9 * size
-        swollen = edge(away - radius - 8 - 10 * spread + 2.5 * np.sin(2 * angle + 6 * lump), 9) * edge(
-            18 - depth[i], 5
-        )
-        signal[i] = mix(signal[i], oedema[i], 0.8 * swollen)
-        signal[i] = mix(signal[i], rim[i], edge(away - radius, 4))
-        signal[i] = mix(signal[i], core[i], edge(away - radius + 4 + 3 * thick, 4))
-    return signal
+    """Return one slab [Z, Y, X] with a ring-enhancing tumour and its oedema in the brain."""
+    share, size, thick, lump, spread = rng.random(5)
+    voxel = pick_voxel(depth > 26, share)
+    assert voxel is not None, "the field of view always holds brain"
+    distance, angle = around(voxel, signal.shape, spacing_mm)
+    distance = distance * (1 + 0.07 * np.sin(3 * angle + 6 * lump))
+    radius = 9 + 9 * size
+    halo = radius + 8 + 10 * spread - 2.5 * np.sin(2 * angle + 6 * lump)
+    signal = mix(signal, t.oedema, 0.8 * edge(distance - halo, 9) * edge(18 - depth, 5))
+    signal = mix(signal, t.rim, edge(distance - radius, 4))
+    return mix(signal, t.core, edge(distance - radius + 4 + 3 * thick, 4))

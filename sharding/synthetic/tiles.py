@@ -13,8 +13,8 @@ import numpy.typing as npt
 from mnemos.sharding.synthetic.drawing import F32, by_rank, edge, mix, smooth_field, turn, uniform
 
 CLASSES = ("glandular", "nested", "diffuse")
-NUCLEI = 64
-WINDOW = 15  # pixels a side in which a nucleus is drawn
+NUCLEI = 20  # most in a tile
+WINDOW = 23  # pixels a side in which a nucleus is drawn
 
 # Optical density of the pure stains in red, green, blue (Ruifrok and Johnston, 2001).
 HAEMATOXYLIN = np.array([0.65, 0.70, 0.29], np.float32)
@@ -42,71 +42,52 @@ def draw_tiles(
         return uniform(rng, low, high, num)
 
     axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    zoom = np.exp(tile(-0.45, 0.1))
-    angle = tile(0, np.pi)
-    x, y = turn(axis[None, None, :] * zoom, axis[None, :, None] * zoom, angle)
-    warp_x, warp_y = (0.12 * smooth_field(rng, num, size, 3) for _ in range(2))
-    u, v = x + warp_x, y + warp_y
+    zoom, angle = np.exp(tile(-0.45, 0.1)), tile(0, np.pi)
+    x, y = turn(axis * zoom, axis[:, None] * zoom, angle)
+    x, y = (part + 0.12 * smooth_field(rng, num, size, 3) for part in (x, y))
 
     # Architecture: ``inside`` falls from 1 in the middle of a gland or nest to below 0 in the stroma between them.
-    spacing = tissue(0.75, 1.1)
-    inside = _islands(u, v, spacing, tile(0, 1), tile(0, 1))
-    loose = smooth_field(rng, num, size, 5)
+    # White is the lumen of a gland, a cleft around a nest, or a vessel anywhere; cells are gathered accordingly.
     kind = labels[:, None, None]
-    cells = np.where(kind == 2, smooth_field(rng, num, size, 3), inside).astype(np.float32)
-    epithelium = _top_share(cells, tile(0.25, 0.5), 0.3)
-    gaps = np.where(
-        kind == 0, inside, np.where(kind == 1, 1 - np.abs(inside - 0.2) + 0.15 * loose, loose)
-    ).astype(np.float32)
-    white = _top_share(gaps, tile(0.12, 0.32), 0.04)
-
-    # Where a nucleus may lie, as a weight for every pixel.
-    ring = np.exp(-(((inside - 0.42) / 0.11) ** 2))
-    solid = edge(0.3 - inside, 0.15)
-    weight = (
-        np.where(kind == 0, ring + 0.02, np.where(kind == 1, solid + 0.02, 0.4 + epithelium)) * (1 - white)
-        + 1e-4
-    )
-    radius = tissue(3.2, 4.4) / zoom
+    inside = _islands(x, y, tissue(0.75, 1.1), tile(0, 1), tile(0, 1))
+    loose, patchy = smooth_field(rng, num, size, 5), smooth_field(rng, num, size, 3)
+    epithelium = _top_share(np.where(kind == 2, patchy, inside), tile(0.25, 0.5), 0.3)
+    cleft = 0.15 * loose - np.abs(inside - 0.2)
+    white = _top_share(np.select([kind == 0, kind == 1], [inside, cleft], loose), tile(0.12, 0.32), 0.04)
+    ring = np.exp(-(((inside - 0.42) / 0.11) ** 2)) + 0.02
+    solid = edge(0.3 - inside, 0.15) + 0.02
+    weight = np.select([kind == 0, kind == 1], [ring, solid], 0.4 + epithelium) * (1 - white) + 1e-4
     nuclei, chromatin = _nuclei(
-        weight.astype(np.float32), rng, radius, tissue(10, 16) * zoom**2, angle, tissue(0.1, 0.5)
+        weight, rng, tissue(3.2, 4.4) / zoom, tissue(10, 16) * zoom**2, angle, tissue(0.1, 0.5)
     )
-
     white = white * (1 - nuclei)
-    fibre = np.cos(2 * np.pi * (tissue(1.2, 2.0) * v + 0.4 * smooth_field(rng, num, size, 4)))
-    tilt = tile(0, 2 * np.pi)
+
+    # Stains: fibres and clouds of eosin, haematoxylin in the cells and most of all in their nuclei.
     cloud = smooth_field(rng, num, size, 2)
+    fibre = np.cos(2 * np.pi * (tissue(1.2, 2.0) * y + 0.4 * smooth_field(rng, num, size, 4)))
     eosin = 0.15 * fibre * (1 - 0.8 * epithelium) - 0.25 * epithelium + 0.3 * cloud
-    eosin = _match(eosin.astype(np.float32), rng)
+    p = np.linspace(0, 1, size * size, dtype=np.float32)
+    eosin = by_rank(eosin, 0.3 + 0.7 * p ** np.exp(uniform(rng, -0.4, 0.4, num, 1)))
     haema = tissue(0.02, 0.5) + 0.22 * epithelium + 0.04 * cloud
-    haema = mix(haema, tile(0.6, 0.9) + 0.3 * chromatin, nuclei) * (1 - white) + 0.02
-    eosin = mix(eosin, 0.35, nuclei) * (1 - white) + 0.02
+    haema = mix(haema, tile(0.6, 0.9) + 0.3 * chromatin, nuclei)
+    eosin = mix(eosin, 0.35, nuclei)
 
-    slope = (
-        tile(0.3, 0.75) * (axis[None, None, :] * np.cos(tilt) + axis[None, :, None] * np.sin(tilt))
-        + 0.1 * cloud
-    )
-    thickness = np.exp(slope)
-    num_groups = int(of_N.max()) + 1
-    stain_h, stain_e = (_stain(vector, rng, num_groups)[of_N] for vector in (HAEMATOXYLIN, EOSIN))
-    density = (thickness * tissue(1.0, 1.9) * haema)[:, None] * stain_h[:, :, None, None] + (
-        thickness * tissue(0.2, 1.2) * eosin
-    )[:, None] * stain_e[:, :, None, None]
+    # Light: the section is thicker on one side; white is glass, up to a trace of stain.
+    tilt = tile(0, 2 * np.pi)
+    wedge = tile(0.3, 0.75) * (axis * np.cos(tilt) + axis[:, None] * np.sin(tilt))
+    thickness = np.exp(wedge + 0.1 * cloud) * (1 - 0.97 * white)
+    density = (thickness * tissue(1.0, 1.9) * haema)[:, None] * _stain(HAEMATOXYLIN, rng, of_N)
+    density = density + (thickness * tissue(0.2, 1.2) * eosin)[:, None] * _stain(EOSIN, rng, of_N)
     lamp = tile(235, 252)[:, None] * np.exp(0.015 * rng.standard_normal((num, 3, 1, 1), np.float32))
-    light = lamp * np.exp(-density) + tile(0.3, 1.0)[:, None] * rng.standard_normal(
-        (num, 3, size, size), np.float32
-    )
-    return np.rint(np.clip(light, 0, 255)).astype(np.uint8)
+    noise = tile(0.3, 1.0)[:, None] * rng.standard_normal((num, 3, size, size), np.float32)
+    return np.asarray(np.rint(np.clip(lamp * np.exp(-density) + noise, 0, 255)), np.uint8)
 
 
-def _islands(u: F32, v: F32, spacing: F32, shift_u: F32, shift_v: F32) -> F32:
-    """Return a hexagonal field of islands: 1 at a centre, about -0.4 between three of them."""
-    phase_u, phase_v = 2 * np.pi * (u / spacing + shift_u), 2 * np.pi * (v / spacing + shift_v)
-    waves = sum(
-        np.cos(0.5 * (np.cos(a) * phase_u + np.sin(a) * phase_v) * 2 / np.sqrt(3))
-        for a in (0.0, np.pi / 3, 2 * np.pi / 3)
-    )
-    return np.asarray(waves / 3, np.float32)
+def _islands(x: F32, y: F32, spacing: F32, shift_x: F32, shift_y: F32) -> F32:
+    """Return a field with islands on a triangular lattice: 1 at a centre, about -0.4 between three of them."""
+    px, py = 2 * np.pi * (x / spacing + shift_x), 2 * np.pi * (y / spacing + shift_y)
+    waves = [np.cos((np.cos(a) * px + np.sin(a) * py) / np.sqrt(3)) for a in (0.0, np.pi / 3, 2 * np.pi / 3)]
+    return np.asarray((waves[0] + waves[1] + waves[2]) / 3, np.float32)
 
 
 def _top_share(field: F32, share: F32, ramp: float) -> F32:
@@ -163,13 +144,8 @@ def _nuclei(
     return nuclei, chromatin
 
 
-def _match(field: F32, rng: np.random.Generator) -> F32:
-    """Give every field, by rank, values between about 0.3 and 1 with a mean of its own."""
-    p = np.linspace(0, 1, field[0].size, dtype=np.float32)
-    return by_rank(field, 0.3 + 0.7 * p ** np.exp(uniform(rng, -0.4, 0.4, len(field), 1)))
-
-
-def _stain(vector: F32, rng: np.random.Generator, num: int) -> F32:
-    """Draw ``num`` variants of a stain's optical density vector, [num, 3]."""
-    varied = vector * np.exp(rng.normal(0, 0.15, (num, 3)))
-    return np.asarray(varied / np.linalg.norm(varied, axis=1, keepdims=True), np.float32)
+def _stain(vector: F32, rng: np.random.Generator, of_N: npt.NDArray[np.intp]) -> F32:
+    """Draw a variant of a stain's optical density vector for each group, [N, 3, 1, 1]."""
+    varied = vector * np.exp(rng.normal(0, 0.15, (int(of_N.max()) + 1, 3)))
+    unit = varied / np.linalg.norm(varied, axis=1, keepdims=True)
+    return np.asarray(unit[of_N][:, :, None, None], np.float32)
