@@ -48,7 +48,9 @@ def do_runs(
         ]
         log = folder / f"{run.name}.log"
         with log.open("w", encoding="utf-8") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
+            ).returncode
         if code:
             raise RuntimeError(f"run {run.name} ended with exit code {code}; its output is in {log}")
         ledger = json.loads((folder / run.name / "ledger.json").read_text(encoding="utf-8"))

@@ -50,8 +50,11 @@ def run_plan(plan: Plan) -> int:
     except Stopped:
         _tell("stopped and saved; start the same command again to go on")
         return TRY_AGAIN
-    except (BadNumbers, DataError) as error:
+    except BadNumbers as error:  # every rank sees the same losses
         _tell(f"error: {error}")
+        return BAD_DATA
+    except DataError as error:  # the rank that met the broken sample tells; the launcher ends the others
+        print(f"error: rank {dist.rank()}: {error}; mend or rebuild that shard set", file=sys.stderr, flush=True)
         return BAD_DATA
     except UserError as error:
         _tell(f"error: {error}")
