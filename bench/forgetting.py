@@ -9,12 +9,11 @@ units of their variance. Printed beside it: each stage's own validation loss und
 
 import argparse
 import json
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
-from mnemos.bench.runs import Run, do_runs
+from mnemos.bench.runs import Run, do_runs, machine
 from mnemos.engine.plain_table import format_table
 from mnemos.sharding.modalities import DEFAULT_ORDER
 
@@ -47,15 +46,13 @@ def main() -> None:
     print()
     print(loss_table(found, given.seeds))
     if given.out:
+        where = machine()
         with given.out.open("a", encoding="utf-8") as file:
             for name, stages in found.items():
-                line = {
-                    "bench": "forgetting",
-                    "run": name,
-                    "machine": platform.machine(),
-                    "stages": list(stages.values()),
-                }
-                file.write(json.dumps(line) + "\n")
+                file.write(
+                    json.dumps({"bench": "forgetting", "run": name, **where, "stages": list(stages.values())})
+                    + "\n"
+                )
 
 
 def drift_table(found: dict[str, dict[str, Any]], seeds: int) -> str:

@@ -61,6 +61,32 @@ def do_runs(
         return dict(done)
 
 
+def machine() -> dict[str, str]:
+    """Return what a result line says of where it was measured: device, versions, commit."""
+    import platform
+
+    import deepspeed
+    import torch
+
+    name = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
+    commit = subprocess.run(
+        ["git", "-C", TRAIN.parent, "describe", "--always", "--dirty"],
+        check=False,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "commit": commit or "unknown",
+    }
+
+
 def without_model(entry: dict[str, Any]) -> float:
     """Return the loss that needs no model: the best constant's, or the unigram entropy of texts."""
     measured = entry["validation"]
