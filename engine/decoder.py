@@ -60,6 +60,8 @@ class ImageDecoder(nn.Module):
         heads: int,
         grids: dict[str, tuple[int, ...]],
         values: dict[str, int],
+        *,
+        official: bool = False,
     ) -> None:
         super().__init__()
         self.stem = DecoderStem(encoder_width, width)
@@ -67,13 +69,17 @@ class ImageDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.heads = nn.ModuleDict({kind: nn.Linear(width, size) for kind, size in values.items()})
         for kind, grid in grids.items():
-            table = torch.cat([torch.zeros(1, width), sin_cos_table(grid, width)])  # CLS has no place
-            self.register_buffer(f"positions_{kind}", table, persistent=False)
+            if official:  # the authors' positions: trained, from zeros
+                rows = 1 + math.prod(grid)
+                self.register_parameter(f"positions_{kind}", nn.Parameter(torch.zeros(rows, width)))
+            else:
+                table = torch.cat([torch.zeros(1, width), sin_cos_table(grid, width)])  # CLS has no place
+                self.register_buffer(f"positions_{kind}", table, persistent=False)
         self.apply(initialise)
 
     def forward(self, kind: ImageKind, features_BND: Tensor, visible_BK: Tensor, masked_BM: Tensor) -> Tensor:
         """Return predictions [B, M, P] of the masked patches, in the order of `masked_BM`."""
-        x_BLE = self.stem(features_BND, visible_BK, self.get_buffer(f"positions_{kind}"))
+        x_BLE = self.stem(features_BND, visible_BK, getattr(self, f"positions_{kind}"))
         for block in self.blocks:
             x_BLE = block(x_BLE)
         masked_BME = gather_tokens(x_BLE, masked_BM + 1)  # row 0 is CLS
@@ -84,8 +90,10 @@ class ImageDecoder(nn.Module):
 class WordHead(nn.Module):
     """Predict words at scored positions: Linear, GELU, LayerNorm, then an untied matrix to the vocabulary."""
 
-    def __init__(self, width: int, vocab: int) -> None:
+    def __init__(self, width: int, vocab: int, *, official: bool = False) -> None:
         super().__init__()
+        # the authors add the first of two learned rows to every feature
+        self.position = nn.Parameter(torch.zeros(2, width)) if official else None
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.words = nn.Linear(width, vocab)
@@ -94,5 +102,15 @@ class WordHead(nn.Module):
 
     def forward(self, features_SD: Tensor, labels_S: Tensor) -> Tensor:
         """Return the fp32 sum of cross-entropies over the rows whose label is not -100."""
-        hidden_SD = self.norm(F.gelu(self.transform(features_SD)))
-        return masked_lm_loss(hidden_SD, self.words.weight, self.words.bias, labels_S)
+        return masked_lm_loss(self._hidden(features_SD), self.words.weight, self.words.bias, labels_S)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return [..., V], for looking at predictions."""
+        logits: Tensor = self.words(self._hidden(features))
+        return logits
+
+    def _hidden(self, features: Tensor) -> Tensor:
+        if self.position is not None:
+            features = features + self.position[0]
+        hidden: Tensor = self.norm(F.gelu(self.transform(features)))
+        return hidden

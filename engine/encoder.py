@@ -8,7 +8,7 @@ Shape suffixes: B samples, L tokens, K visible patches, N = tokens of a sequence
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class EncoderShape:
         image_grid: patches (Y, X) of an image the position table is made for.
         volume_grid: patches (Z, Y, X) of a volume the position table is made for.
         vocab: rows of the token table; 0 leaves texts out.
+        official: the MedCoSS authors' arithmetic: texts attend to the left only, positions are rows of flat tables of
+            their sizes. What they carry and never use is kept, so that a checkpoint goes in and out whole.
     """
 
     width: int
@@ -45,6 +47,7 @@ class EncoderShape:
     vocab: int
     text_positions: int
     channels: int = 3  # of an image patch; grey images are broadcast to it
+    official: bool = False
 
 
 class Attention(nn.Module):
@@ -56,11 +59,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, causal: bool = False) -> Tensor:
         """Return [B, L, D]; `mask_BL` (bool) is True at tokens that may be attended to."""
         B, L, D = x_BLD.shape
         q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = attention(q, k, v, mask_BL)
+        mixed = attention(q, k, v, mask_BL, causal=causal)
         out_BLD: Tensor = self.out(mixed.transpose(1, 2).reshape(B, L, D))
         return out_BLD
 
@@ -78,9 +81,15 @@ class Block(nn.Module):
         self.fc_2 = nn.Linear(shape.ffn, shape.width)
         self.scale_2 = nn.Parameter(torch.full((shape.width,), shape.layer_scale))
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, keep_B2: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None = None,
+        keep_B2: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
         """Return [B, L, D]; `keep_B2` scales the two branches of each sample: 0 dropped, else 1 / (1 - rate)."""
-        branch: Tensor = self.attention(self.norm_1(x_BLD), mask_BL)
+        branch: Tensor = self.attention(self.norm_1(x_BLD), mask_BL, causal)
         norm_2 = self.norm_2
         x_BLD, normed = layer_scale_residual_norm(
             x_BLD,
@@ -117,21 +126,41 @@ class PatchTokenizer(nn.Module):
         return tokens + depth[ids_BK // plane.shape[0]]
 
 
+class FlatPatchTokenizer(nn.Module):
+    """The authors' patch tokenizer: rows of one flat table by patch number, and always the first temporal row."""
+
+    ROWS: ClassVar[dict[int, int]] = {2: 1024, 3: 4096}  # by the number of axes
+    TEMPORAL_ROWS = 8
+
+    def __init__(self, values: int, width: int, grid: tuple[int, ...]) -> None:
+        super().__init__()
+        self.project = nn.Linear(values, width)
+        self.position = nn.Parameter(torch.randn(self.ROWS[len(grid)], width))
+        self.depth = nn.Parameter(torch.randn(self.TEMPORAL_ROWS, width))
+
+    def forward(self, patches_BKP: Tensor, ids_BK: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Return tokens [B, K, D] of the patches at `ids_BK` (places in C order over `grid`)."""
+        tokens: Tensor = self.project(patches_BKP) + self.position[ids_BK]
+        return tokens + self.depth[0]
+
+
 class TextTokenizer(nn.Module):
     """Token ids to tokens: embedding plus learned position plus one type row, then LayerNorm."""
 
-    def __init__(self, vocab: int, positions: int, width: int) -> None:
+    def __init__(self, vocab: int, positions: int, width: int, *, official: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
         self.position = nn.Parameter(torch.randn(positions, width) * 0.02)
-        self.token_type = nn.Parameter(torch.zeros(width))
+        # the authors' table has a second row that no text uses
+        self.token_type = nn.Parameter(torch.zeros((2, width) if official else width))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Return [B, L, D]."""
         tokens = self.embedding(ids_BL) + self.position[: ids_BL.shape[1]]
-        normed: Tensor = self.norm(tokens + self.token_type)
+        token_type = self.token_type[0] if self.token_type.ndim == 2 else self.token_type
+        normed: Tensor = self.norm(tokens + token_type)
         return normed
 
 
@@ -156,14 +185,20 @@ class Encoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.recompute = recompute
+        values = {"image": shape.image_patch**2 * shape.channels, "volume": shape.volume_patch**3}
+        grids: dict[str, tuple[int, ...]] = {"image": shape.image_grid, "volume": shape.volume_grid}
+        tokenizer = FlatPatchTokenizer if shape.official else PatchTokenizer
         self.tokenizers = nn.ModuleDict(
-            {
-                "image": PatchTokenizer(shape.image_patch**2 * shape.channels, shape.width, shape.image_grid),
-                "volume": PatchTokenizer(shape.volume_patch**3, shape.width, shape.volume_grid),
-            }
+            {kind: tokenizer(values[kind], shape.width, grid) for kind, grid in grids.items()}
         )
         if shape.vocab:
-            self.tokenizers["text"] = TextTokenizer(shape.vocab, shape.text_positions, shape.width)
+            self.tokenizers["text"] = TextTokenizer(
+                shape.vocab, shape.text_positions, shape.width, official=shape.official
+            )
+        if shape.official:  # in the authors' files, used by nothing
+            self.unused = nn.ParameterDict(
+                {"positions": torch.zeros(1600, shape.width), "types": torch.zeros(1, shape.width)}
+            )
         self.stem = Stem(shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
         self.apply(initialise)
@@ -192,15 +227,17 @@ class Encoder(nn.Module):
         """Return features [B, L, D]; rows where `valid_BL` is False are neither attended to nor meaningful."""
         if "text" not in self.tokenizers:
             raise ValueError("this encoder was made without texts; train a curriculum that has a text stage")
-        return self._run_blocks(self.tokenizers["text"](ids_BL), valid_BL, keep)
+        return self._run_blocks(self.tokenizers["text"](ids_BL), valid_BL, keep, causal=self.shape.official)
 
-    def _run_blocks(self, x_BLD: Tensor, mask_BL: Tensor | None, keep: Tensor | None) -> Tensor:
+    def _run_blocks(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, keep: Tensor | None, *, causal: bool = False
+    ) -> Tensor:
         for number, block in enumerate(self.blocks):
             keep_B2 = None if keep is None else keep[:, 2 * number : 2 * number + 2]
             if self.recompute and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, mask_BL, keep_B2, use_reentrant=False)
+                x_BLD = checkpoint(block, x_BLD, mask_BL, keep_B2, causal, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, mask_BL, keep_B2)
+                x_BLD = block(x_BLD, mask_BL, keep_B2, causal)
         return x_BLD
 
 

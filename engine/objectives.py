@@ -287,9 +287,10 @@ class Pretrainer(nn.Module):
             model.decoder_heads,
             grids={"image": shape.image_grid, "volume": shape.volume_grid},
             values={"image": shape.image_patch**2 * shape.channels, "volume": shape.volume_patch**3},
+            official=shape.official,
         )
         if shape.vocab:
-            self.word_head = WordHead(shape.width, shape.vocab)
+            self.word_head = WordHead(shape.width, shape.vocab, official=shape.official)
 
     def forward(
         self, rows: Rows, patches_BKP: Tensor | None = None, target_BND: Tensor | None = None

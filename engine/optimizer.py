@@ -19,7 +19,9 @@ _PARTS = (  # prefix of a parameter's name -> part; the longest prefixes first
     ("encoder.blocks.", "blocks"),
     ("encoder.stem.", "stem"),
     ("encoder.tokenizers.", "tokenizer.{}"),
+    ("encoder.unused.", "unused"),
     ("image_decoder.heads.", "head.{}"),
+    ("image_decoder.positions_", "head.{}"),
     ("image_decoder.", "decoder"),
     ("word_head.", "head.text"),
 )

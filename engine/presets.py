@@ -31,4 +31,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "large": {"model.width": 1024, "model.depth": 24, "model.heads": 16, "model.ffn": 4096},
     "huge": {"model.width": 1280, "model.depth": 32, "model.heads": 16, "model.ffn": 5120},
     "giant": {"model.width": 1408, "model.depth": 40, "model.heads": 16, "model.ffn": 6144},
+    "official": {"model.official": True},  # base in the authors' arithmetic
 }

@@ -54,7 +54,9 @@ def run_plan(plan: Plan) -> int:
         _tell(f"error: {error}")
         return BAD_DATA
     except DataError as error:  # the rank that met the broken sample tells; the launcher ends the others
-        print(f"error: rank {dist.rank()}: {error}; mend or rebuild that shard set", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {dist.rank()}: {error}; mend or rebuild that shard set", file=sys.stderr, flush=True
+        )
         return BAD_DATA
     except UserError as error:
         _tell(f"error: {error}")

@@ -35,6 +35,7 @@ class ModelSettings(_Section):
     image_patch: int = Field(16, ge=1, description="edge of a square patch in pixels")
     volume_patch: int = Field(16, ge=1, description="edge of a cubic patch in voxels")
     text_positions: int = Field(512, ge=1, description="rows of the text position table")
+    official: bool = Field(False, description="the MedCoSS authors' arithmetic, for weights in their format")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":

@@ -56,8 +56,7 @@ def _text_examples(
 
     tokenizer = load_tokenizer(str(tokenizer_file))
     features = encode(model.encoder, rows, None)
-    hidden = model.word_head.norm(torch.nn.functional.gelu(model.word_head.transform(features)))
-    best_BL = model.word_head.words(hidden).argmax(-1)
+    best_BL = model.word_head.logits(features).argmax(-1)
     assert rows.scored_BS is not None and rows.labels_BS is not None
     examples = []
     for number in range(len(original_BL)):

@@ -44,6 +44,7 @@ from mnemos.sharding.stream import RawBatch, Request, stream
 from mnemos.sharding.tokenizer import load_tokenizer, starts_word
 
 CHECKPOINTS = "checkpoints"
+OFFICIAL_VOCAB = 49_411  # rows of the authors' word table, whatever the tokenizer
 
 
 def encoder_shape(plan: Plan) -> EncoderShape:
@@ -62,8 +63,9 @@ def encoder_shape(plan: Plan) -> EncoderShape:
         volume_patch=model.volume_patch,
         image_grid=(rows // model.image_patch, columns // model.image_patch),
         volume_grid=(depth // model.volume_patch, height // model.volume_patch, width // model.volume_patch),
-        vocab=tokenizers[0].vocab_size if tokenizers else 0,
+        vocab=OFFICIAL_VOCAB if model.official else tokenizers[0].vocab_size if tokenizers else 0,
         text_positions=model.text_positions,
+        official=model.official,
     )
 
 

@@ -92,6 +92,7 @@ STORED_SIZES = {
     "large": _PAPER,
     "huge": _PAPER,
     "giant": _PAPER,
+    "official": _PAPER,
 }
 
 DICOM_TYPES = {  # what a DICOM file's Modality field may say; a modality not named here takes any

@@ -16,7 +16,14 @@ from mnemos.engine.positions import interpolate_table, sin_cos_table
 from mnemos.engine.presets import PRESETS
 from mnemos.engine.settings import resolve
 
-MILLIONS = {"sample": 2.67, "base": 85.1, "large": 302.3, "huge": 629.8, "giant": 1010.1}  # of the blocks
+MILLIONS = {  # of the blocks
+    "sample": 2.67,
+    "base": 85.1,
+    "large": 302.3,
+    "huge": 629.8,
+    "giant": 1010.1,
+    "official": 85.1,
+}
 GRIDS = {"image": (8, 8), "volume": (1, 8, 8)}
 
 
@@ -47,6 +54,39 @@ def test_a_preset_has_the_size_it_says(preset: str) -> None:
         model = Pretrainer(Encoder(shape_of(settings)), settings)
     count = block_parameters(list(model.encoder.blocks)) / 1e6
     assert count == pytest.approx(MILLIONS[preset], abs=0.1 if count > 10 else 0.005)
+
+
+def test_the_official_preset_holds_what_the_published_files_hold() -> None:
+    # 300 tensors, 199,205,635 values, of which encoder, tokenizers and CLS are 132,330,240
+    settings = resolve("official", {})
+    with torch.device("meta"):
+        model = Pretrainer(Encoder(shape_of(settings)), settings)
+    assert sum(parameter.numel() for parameter in model.encoder.parameters()) == 132_330_240
+    assert sum(parameter.numel() for parameter in model.parameters()) == 199_205_635
+    assert len(list(model.parameters())) == 300
+
+
+def test_texts_look_to_the_left_only_in_the_authors_arithmetic(tiny_sets: Path) -> None:
+    ids = torch.randint(3, 200, (1, 9))
+    other = ids.clone()
+    other[0, 6:] = ids[0, 6:] + 1
+    for official in (False, True):
+        torch.manual_seed(0)
+        settings = tiny_settings(model__official=official, model__layer_scale=0.5)
+        encoder = Encoder(shape_of(settings, tiny_sets)).eval()
+        valid = torch.ones(1, 9, dtype=torch.bool)
+        first, second = encoder.forward_text(ids, valid), encoder.forward_text(other, valid)
+        assert torch.equal(first[:, :6], second[:, :6]) == official
+        assert not torch.equal(first[:, 6:], second[:, 6:])
+
+
+def test_positions_of_the_authors_are_rows_by_patch_number(tiny_sets: Path) -> None:
+    encoder = Encoder(shape_of(tiny_settings(model__official=True), tiny_sets)).eval()
+    tokenizer = encoder.tokenizers["image"]
+    values = torch.zeros(1, 2, 192)
+    tokens = tokenizer(values, torch.tensor([[5, 70]]), (16, 16))
+    expected = tokenizer.project.bias + tokenizer.position[[5, 70]] + tokenizer.depth[0]
+    assert torch.equal(tokens[0], expected)
 
 
 def test_a_fresh_model_is_whole(tiny_sets: Path, shape: EncoderShape) -> None:

@@ -80,3 +80,12 @@ def test_shapes_that_disagree_are_named() -> None:
     q = torch.randn(1, 1, 3, 8)
     with pytest.raises(ValueError, match=r"\(1, 1, 3, 8\), \(1, 1, 2, 8\)"):
         attention(q, q[:, :, :2], q)
+
+
+def test_causal_tokens_see_themselves_and_what_stands_before() -> None:
+    q, k, v = torch.randn(3, 2, 2, 6, 8).unbind(0)
+    mask = torch.tensor([[True, True, True, True, True, True], [True, False, True, True, False, True]])
+    out = attention(q, k, v, mask, causal=True)
+    for length in range(1, 7):  # the last row of a shorter sequence is that row of the longer one
+        short = attention(q[:, :, :length], k[:, :, :length], v[:, :, :length], mask[:, :length])
+        torch.testing.assert_close(out[:, :, length - 1], short[:, :, -1])

@@ -81,7 +81,7 @@ def draw_bodies(
     zoom = np.exp(scan(-0.15, 0.2)) * person(0.92, 1.08)
     x, y = turn(x_mm, y_mm, scan(-0.25, 0.25))
     x, y = x / zoom + scan(-60, 60), y / zoom + scan(-38, 38)
-    z = z_mm / zoom + scan(-65, 105) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
+    z = z_mm / zoom + scan(-30, 110) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
     side = np.abs(x)
 
     # Wall: skin, fat, muscle with slanting ribs in it, fat inside.
@@ -92,7 +92,7 @@ def draw_bodies(
     hu = mix(hu, person(40, 62), edge(wall, 6))
     between = 0.2 - np.cos(2 * np.pi * (z - 0.28 * y) / person(26, 32) + person(0, 6))
     hu = mix(hu, 330, edge(np.abs(wall + 15) - 4, 5) * edge(between, 0.6) * edge(-60 - z - 0.2 * y, 20))
-    cavity = edge(wall + 24, 6)
+    cavity = edge(wall + 24, 9)
     hu = mix(hu, _FAT + 15, cavity)
 
     lower = person(4, 20)  # the left dome
@@ -114,9 +114,9 @@ def draw_bodies(
         hu[i] = _add_lesion(hu[i], lung[i], liver[i], liver_hu, rng, spacing_mm)
 
     tilt = scan(0, 2 * np.pi)
-    cupping = scan(15, 60) / 100 * (x_mm * np.cos(tilt) + y_mm * np.sin(tilt))
-    hu = hu + edge(skin, 5) * (cupping + 8 * smooth_volume(rng, num, shape, (1, 3, 3)))
-    hu = hu + scan(1.5, 4) * rng.standard_normal(hu.shape, np.float32)
+    cupping = scan(30, 100) / 100 * (x_mm * np.cos(tilt) + y_mm * np.sin(tilt))
+    noise = scan(1.5, 4) * rng.standard_normal(hu.shape, np.float32)
+    hu = hu + edge(skin, 5) * (cupping + 8 * smooth_volume(rng, num, shape, (1, 3, 3)) + noise)
     return np.asarray(np.clip(STEP_HU * np.rint(hu / STEP_HU), -1024, 1024), np.int16)
 
 
@@ -142,13 +142,13 @@ def _chest(hu: F32, at: _Field, person: Draw) -> tuple[F32, F32]:
     """Paint lungs, heart, great vessels and airways; return the slabs and the lungs' shape."""
     x, y, z, side = at.x, at.y, at.z, at.side
     q = np.sqrt(((x - 24) / 58) ** 2 + ((y + 30) / 46) ** 2 + ((z - 30) / 52) ** 2)
-    heart = q * (50 / person(0.9, 1.15)) - 50
+    heart = q * (50 / person(0.8, 1.1)) - 50
     middle = np.minimum(side - 26 - 0.1 * np.abs(y), heart - 4)
-    lung = at.cavity * edge(at.dome - z, 8) * edge(-middle, 6)
+    lung = at.cavity * edge(at.dome - z, 12) * edge(-middle, 10)
     # Vessels fan out of the hilum; the lung is denser at the back, where it rests.
     hilum = np.sqrt((side - 34) ** 2 + (y - 5) ** 2 + 0.5 * (z - 60) ** 2)
     fan = np.cos(7 * np.arctan2(y - 5, side - 34) + 0.05 * z + 1.5 * at.flow + person(0, 6))
-    air = person(-880, -790) + person(0.6, 1.5) * (y - 10) + 25 * at.flow
+    air = person(-880, -790) + person(0.8, 1.8) * (y - 10) + 25 * at.flow
     hu = mix(hu, air + 200 * edge(0.55 - fan, 0.9) * np.exp(-hilum / 60), lung)
     hu = mix(hu, _BLOOD + 0.75 * at.contrast, edge(heart, 7) * edge(-3 - z + 0.25 * at.dome, 10))
 

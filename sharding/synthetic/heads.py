@@ -80,9 +80,9 @@ def draw_heads(
 
     # Where the slab lies in the head; the head about fills the field of view.
     z_mm, y_mm, x_mm = slab_axes(shape, spacing_mm)
-    zoom = np.exp(scan(0.2, 0.5))
+    zoom = np.exp(scan(0.3, 0.62))
     x, y = turn(x_mm, y_mm, scan(-0.3, 0.3))
-    x, y = x / zoom + scan(-22, 22), y / zoom + scan(-28, 28)
+    x, y = x / zoom + scan(-20, 20), y / zoom + scan(-26, 26)
     z = z_mm / zoom + scan(-28, 44) + 0.12 * scan(-1, 1) * x + 0.12 * scan(-1, 1) * y
 
     weighting = rng.dirichlet(np.full(len(TISSUES), 0.15), num)  # mostly one, sometimes between two
