@@ -6,11 +6,9 @@ import warnings
 from pathlib import Path
 
 import torch
+from zero_worker import plan_of
 
 from mnemos.engine import dist
-from mnemos.engine.arguments import Arguments
-from mnemos.engine.curriculum import make_plan
-from mnemos.engine.settings import parse_assignment
 from mnemos.engine.stage_training import StageTraining
 
 STEPS, WARM = 36, 12
@@ -20,20 +18,7 @@ def main() -> None:
     request = json.loads(Path(sys.argv[-1]).read_text(encoding="utf-8"))
     dist.adopt_environment()
     dist.meet(120)
-    plan = make_plan(
-        Arguments(
-            stage=request["stage"],
-            only=True,
-            dry_run=False,
-            fresh=False,
-            run=Path(request["run"]),
-            data=Path(request["data"]),
-            preset="sample",
-            overrides=dict(parse_assignment(text) for text in request["assignments"]),
-            deepspeed_config=None,
-        ),
-        1,
-    )
+    plan = plan_of(request)
     training = StageTraining(plan, plan.stages[-1])
     training.engine.optimizer.set_rate(1e-3)
     losses, waits, watched = [], [], set()

@@ -32,7 +32,7 @@ REGISTRY_HOSTS = tuple(
     ".".join(parts)
     for parts in (
         ("pypi", "org"),
-        ("pythonhosted", "org"),
+        ("".join(("python", "hosted")), "org"),
         ("download.pytorch", "org"),
         ("pypi.nvidia", "com"),
         ("huggingface", "co"),

@@ -29,20 +29,7 @@ def main() -> None:
     dist.adopt_environment()
     dist.meet(120)
     torch.set_num_threads(1)
-    plan = make_plan(
-        Arguments(
-            stage=request["stage"],
-            only=True,
-            dry_run=False,
-            fresh=False,
-            run=Path(request["run"]),
-            data=Path(request["data"]),
-            preset="sample",
-            overrides=dict(parse_assignment(text) for text in request["assignments"]),
-            deepspeed_config=None,
-        ),
-        dist.world_size(),
-    )
+    plan = plan_of(request)
     answers = {
         name: train(plan, overrides, request["steps"], set(request["watched"]))
         for name, overrides in request["variants"].items()
@@ -51,6 +38,22 @@ def main() -> None:
         Path(request["answer"]).write_text(json.dumps(answers), encoding="utf-8")
     dist.barrier()
     dist.leave(0)
+
+
+def plan_of(request: dict[str, Any]) -> Plan:
+    """Return the plan to train the last stage of the request's run."""
+    arguments = Arguments(
+        stage=request["stage"],
+        only=True,
+        dry_run=False,
+        fresh=False,
+        run=Path(request["run"]),
+        data=Path(request["data"]),
+        preset="sample",
+        overrides=dict(parse_assignment(text) for text in request["assignments"]),
+        deepspeed_config=None,
+    )
+    return make_plan(arguments, dist.world_size())
 
 
 def train(plan: Plan, overrides: dict[str, Any], steps: int, watched: set[int]) -> dict[str, list[str]]:
