@@ -32,7 +32,7 @@ REGISTRY_HOSTS = tuple(
     ".".join(parts)
     for parts in (
         ("pypi", "org"),
-        ("".join(("python", "hosted")), "org"),
+        ("python-hosted".replace("-", ""), "org"),
         ("download.pytorch", "org"),
         ("pypi.nvidia", "com"),
         ("huggingface", "co"),
