@@ -271,7 +271,7 @@ class StageTraining:
         if workers < 0:
             workers = 4 if on_gpu else 0
         plan = partial(_requests, self.schedule, step, dist.rank(), dist.world_size())
-        return iter(stream(self.sets, plan, workers=workers, pin=on_gpu))
+        return stream(self.sets, plan, workers=workers, pin=on_gpu)
 
     def _starts_word(self) -> Tensor | None:
         file = text_tokenizer(self.plan)

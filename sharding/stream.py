@@ -7,6 +7,7 @@ happens on the device.
 Shape suffixes: B samples, C channels, L token positions.
 """
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from mnemos.sharding.errors import DataError
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.tokenizer import PAD
 
@@ -104,26 +106,46 @@ class _Planned:
 
 
 class _Read:
-    """Pipeline stage: requests to batches."""
+    """Pipeline stage: requests to batches. A broken sample is handed on, so that it arrives as one sentence."""
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
         self.sets = sets
 
-    def __call__(self, requests: Iterable[Request]) -> Iterator[RawBatch]:
-        return (read_batch(self.sets, request) for request in requests)
+    def __call__(self, requests: Iterable[Request]) -> Iterator[RawBatch | DataError]:
+        for request in requests:
+            try:
+                yield read_batch(self.sets, request)
+            except DataError as error:
+                yield error
+                return
 
 
 def stream(
     sets: Sequence[ShardSet], plan: Callable[[], Iterable[Request]], *, workers: int, pin: bool
-) -> Iterable[RawBatch]:
-    """Return the batches of a plan, in its order.
+) -> Iterator[RawBatch]:
+    """Yield the batches of a plan, in its order.
 
     Args:
         sets: what `Request.member` counts into.
         plan: makes the requests; called once in every worker, so it must be picklable and pure.
         workers: reading processes; 0 reads in this one.
         pin: deliver in page-locked memory, for asynchronous copies to a GPU.
+
+    Raises:
+        DataError: a sample is broken; it names shard and key.
     """
     pipeline: Any = webdataset.DataPipeline(_Planned(plan), _Read(sets))
-    options: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": False} if workers else {}
-    return DataLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin, **options)
+    options: dict[str, Any] = {}
+    if workers:
+        options = {"prefetch_factor": 4, "worker_init_fn": _outlive_the_signal}
+    loader = DataLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin, **options)
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _outlive_the_signal(worker: int) -> None:
+    """Leave SIGTERM and Ctrl-C to the rank: launchers signal the readers first, and it needs them until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
