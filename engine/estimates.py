@@ -77,15 +77,8 @@ def sample_bytes(size: Sizes, settings: Settings, *, bf16: bool) -> int:
 def state_bytes(parameters: int, *, bf16: bool, zero: int, world: int) -> int:
     """Return the bytes of weights, gradients and optimiser state on one rank."""
     weights, gradients, optimizer = (2, 2, 12) if bf16 else (4, 4, 8)
-    share = (
-        (1, 1, 1 / world)
-        if zero == 1
-        else (1, 1 / world, 1 / world)
-        if zero == 2
-        else (1 / world,) * 3
-        if zero == 3
-        else (1,) * 3
-    )
+    part = 1 / world
+    share = {0: (1, 1, 1), 1: (1, 1, part), 2: (1, part, part), 3: (part, part, part)}[zero]
     return int(parameters * (weights * share[0] + gradients * share[1] + optimizer * share[2]))
 
 

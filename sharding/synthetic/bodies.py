@@ -110,8 +110,11 @@ def draw_bodies(
     hu, liver = _abdomen(hu, field, liver_hu, person)
     hu, lung = _chest(hu, field, person)
     hu = _back(hu, field, deep - 52, person)
+    dice = rng.random(
+        (num, 4), np.float32
+    )  # drawn for every sample, so that a label changes nothing but the lesion
     for i in np.flatnonzero(labels):
-        hu[i] = _add_lesion(hu[i], lung[i], liver[i], liver_hu, rng, spacing_mm)
+        hu[i] = _add_lesion(hu[i], lung[i], liver[i], liver_hu, dice[i], spacing_mm)
 
     tilt = scan(0, 2 * np.pi)
     cupping = scan(30, 100) / 100 * (x_mm * np.cos(tilt) + y_mm * np.sin(tilt))
@@ -180,11 +183,11 @@ def _add_lesion(
     lung: F32,
     liver: F32,
     liver_hu: float,
-    rng: np.random.Generator,
+    dice: F32,
     spacing_mm: tuple[float, float, float],
 ) -> F32:
     """Return one slab [Z, Y, X] with a tumour in lung or liver (in any soft part where neither is in view)."""
-    share, size, level, lump = rng.random(4)
+    share, size, level, lump = dice
     voxel = pick_voxel(lung + liver > 0.9, share) or pick_voxel(hu > _FAT, share)
     assert voxel is not None, "a slab through a trunk holds soft tissue"
     distance, angle = around(voxel, hu.shape, spacing_mm)

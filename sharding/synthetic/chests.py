@@ -81,7 +81,7 @@ def _spot(finding: Finding) -> tuple[float, float]:
 
 def _pose(studies: Sequence[Study], axis: F32, person: Draw, visit: Draw) -> tuple[F32, F32]:
     """Return chest coordinates of the pixels: random field of view, turn and place, the first finding inside."""
-    zoom = np.exp(visit(np.log(0.5), np.log(0.95)))
+    zoom = np.exp(visit(np.log(0.45), np.log(0.88)))
     x, y = turn(axis * zoom, axis[:, None] * zoom, visit(-0.2, 0.2))
     reach = 0.55 * (1.4 - zoom)
     centre_x, centre_y = visit(-1, 1) * reach, visit(-1, 1) * reach
@@ -118,7 +118,7 @@ def _bones(x: F32, y: F32, person: Draw, visit: Draw) -> F32:
     )
     behind = np.cos(2 * np.pi * ((y - 0.42 * side**2 + 0.12 * side) / pitch + phase))
     front = np.cos(2 * np.pi * ((y - 0.75 * side + 0.25 * side**2) / (1.25 * pitch) - phase))
-    bones = cage * (person(0.04, 0.08) * behind + person(0.01, 0.03) * edge(0.3 - side, 0.3) * front)
+    bones = cage * (person(0.03, 0.07) * behind + person(0.01, 0.03) * edge(0.3 - side, 0.3) * front)
     clavicle = y + 0.6 + 0.16 * side - 0.04 * np.sin(7 * side) + visit(-0.06, 0.06)
     bones = bones + 0.16 * edge(np.abs(clavicle) - 0.03, 0.05) * edge(0.1 - side, 0.06) * edge(
         side - 0.85, 0.1

@@ -27,7 +27,7 @@ from mnemos.sharding.synthetic.drawing import (
 )
 
 CLASSES = ("healthy", "tumour")
-UNITS = 120  # stored steps of a signal of 1
+UNITS = 100  # stored steps of a signal of 1
 
 Draw = Callable[[float, float], float]
 
@@ -98,9 +98,12 @@ def draw_heads(
     depth = (1 - np.sqrt(q)) * 84  # millimetres below the skin
     signal = _shells(x, y, z, depth, warp, tissues, person)
     signal = _inside(signal, x, y, z, depth, warp, tissues, person)
+    dice = rng.random(
+        (num, 5), np.float32
+    )  # drawn for every sample, so that a label changes nothing but the tumour
     for i in np.flatnonzero(labels):
         signal[i] = _add_tumour(
-            signal[i], depth[i], _Tissues(*(tissue[i] for tissue in tissues)), rng, spacing_mm
+            signal[i], depth[i], _Tissues(*(tissue[i] for tissue in tissues)), dice[i], spacing_mm
         )
 
     tilt = scan(0, 2 * np.pi)
@@ -145,10 +148,10 @@ def _inside(signal: F32, x: F32, y: F32, z: F32, depth: F32, warp: F32, t: _Tiss
 
 
 def _add_tumour(
-    signal: F32, depth: F32, t: _Tissues, rng: np.random.Generator, spacing_mm: tuple[float, float, float]
+    signal: F32, depth: F32, t: _Tissues, dice: F32, spacing_mm: tuple[float, float, float]
 ) -> F32:
     """Return one slab [Z, Y, X] with a ring-enhancing tumour and its oedema in the brain."""
-    share, size, thick, lump, spread = rng.random(5)
+    share, size, thick, lump, spread = dice
     voxel = pick_voxel(depth > 26, share)
     assert voxel is not None, "the field of view always holds brain"
     distance, angle = around(voxel, signal.shape, spacing_mm)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.keys import SYNTHETIC_KEY
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES
+from mnemos.sharding.preprocess import recipe
 from mnemos.sharding.sample import Sample
 from mnemos.sharding.synthetic import bodies, chests, heads, reports, studies, tiles
 from mnemos.sharding.synthetic.drawing import stream
@@ -39,7 +41,7 @@ def draw_reports(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
     """Yield the report of every study."""
     for place, study in enumerate(studies.draw_studies(seed, split, groups, VISITS)):
         text = reports.write_report(study, stream(seed, "report", split, place))
-        yield _sample(text, split, place, study.label)
+        yield _sample(text, f"chest/{split}", place, study.label)
 
 
 def draw_films(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
@@ -49,7 +51,7 @@ def draw_films(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
         batch = shown[start : start + BATCH * VISITS]
         films = chests.draw_chests(batch, stream(seed, "xray", split, start), SIZE.image[0])
         for place, (film, study) in enumerate(zip(films, batch, strict=True), start):
-            yield _sample(film[None], split, place, study.label, scale=1 / 255)
+            yield _sample(film[None], f"chest/{split}", place, study.label, scale=1 / 255)
 
 
 def draw_tiles(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
@@ -60,7 +62,7 @@ def draw_tiles(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
         labels = batch % len(tiles.CLASSES)
         drawn = tiles.draw_tiles(labels, batch, stream(seed, "pathology", split, start), SIZE.image[0])
         for place, (tile, label) in enumerate(zip(drawn, labels, strict=True), start):
-            yield _sample(tile, split, place, tiles.CLASSES[label], scale=1 / 255)
+            yield _sample(tile, f"tissue/{split}", place, tiles.CLASSES[label], scale=1 / 255)
 
 
 def draw_bodies(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
@@ -70,7 +72,7 @@ def draw_bodies(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
         rng = stream(seed, "ct", split, group)
         slabs = bodies.draw_bodies(np.full(VISITS, label), rng, SIZE.volume, SIZE.spacing_mm)
         for place, slab in enumerate(slabs, group * VISITS):
-            yield _sample(slab, split, place, bodies.CLASSES[label], scale=1 / 1024)
+            yield _sample(slab, f"trunk/{split}", place, bodies.CLASSES[label], scale=1 / 1024)
 
 
 def draw_heads(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
@@ -84,13 +86,20 @@ def draw_heads(split: str, groups: int, seed: int = SEED) -> Iterator[Sample]:
             stored = np.rint(np.clip(slab, low, high) * heads.UNITS).astype(np.int16)
             scale = 1 / float(stored.std())
             shift = -float(stored.mean()) * scale
-            yield _sample(stored, split, place, heads.CLASSES[label], scale=scale, shift=shift)
+            yield _sample(stored, f"head/{split}", place, heads.CLASSES[label], scale=scale, shift=shift)
 
 
 def _sample(
-    array: np.ndarray | str, split: str, place: int, label: str, scale: float = 1.0, shift: float = 0.0
+    array: np.ndarray | str,
+    people: str,
+    place: int,
+    label: str,
+    *,
+    scale: float = 1.0,
+    shift: float = 0.0,
 ) -> Sample:
-    source, group = f"{split}/{place}", f"{split}/{place // VISITS}"
+    """Return sample number ``place`` of the split ``people``; a film and its report have one name."""
+    source, group = f"{people}/{place}", f"{people}/{place // VISITS}"
     return Sample(array=array, source=source, group=group, label=label, scale=scale, shift=shift)
 
 
@@ -121,20 +130,25 @@ GENERATORS: dict[str, tuple[Callable[..., Iterator[Sample]], tuple[str, ...], st
 
 def make_set(name: str, folder: Path, groups: dict[str, int], seed: int = SEED) -> None:
     """Write the shard set of one modality to ``folder``, with ``groups`` groups in each split."""
+    # glibc returns every freed block of a few 100 KB to the system until it has seen a larger one freed; without this
+    # half of the generators' time goes into fetching fresh pages.
+    np.empty(31 << 20, np.uint8)
     draw, classes, story = GENERATORS[name]
     modality = MODALITIES[name]
     shape = {"text": (SIZE.text,), "image": SIZE.image, "volume": SIZE.volume}[modality.kind]
-    recipe = {
-        "source": f"synthetic, generator version {VERSION}, seed {seed}: nothing here comes from a patient",
+    told = {
+        "source": f"synthetic, generator version {VERSION}, seed {seed}: nothing here comes from a patient; "
+        "drawn as the steps below would leave a real file",
         "content": story,
         "split": f"by group: {VISITS} samples of one made-up patient or slide lie in the same split",
+        **recipe(modality, SIZE),
     }
-    tokenizer_file = None
-    if modality.kind == "text":
-        tokenizer_file = folder.parent / f".{folder.name}.tokenizer.json"
-        texts = (str(sample.array) for sample in draw("train", groups["train"], seed))
-        train_tokenizer(texts, SIZE.vocab).save(str(tokenizer_file))
-    try:
+    with TemporaryDirectory() as scratch:
+        tokenizer_file = None
+        if modality.kind == "text":
+            tokenizer_file = Path(scratch) / "tokenizer.json"
+            texts = (str(sample.array) for sample in draw("train", groups["train"], seed))
+            train_tokenizer(texts, SIZE.vocab).save(str(tokenizer_file))
         with ShardSetWriter(
             folder,
             modality=modality,
@@ -142,16 +156,13 @@ def make_set(name: str, folder: Path, groups: dict[str, int], seed: int = SEED) 
             spacing_mm=SIZE.spacing_mm if modality.kind == "volume" else None,
             preset="sample",
             classes=classes,
-            recipe=recipe,
+            recipe=told,
             key=SYNTHETIC_KEY,
             tokenizer_file=tokenizer_file,
         ) as writer:
             for split, number in groups.items():
                 for sample in draw(split, number, seed):
                     writer.add(split, sample)
-    finally:
-        if tokenizer_file is not None:
-            tokenizer_file.unlink(missing_ok=True)
 
 
 def make_sample_shards(

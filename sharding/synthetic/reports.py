@@ -1,8 +1,9 @@
 """Chest reports from a grammar: findings, then an impression that follows from them.
 
 Report i of a split is written from study i, the same record film i is drawn from: what the film shows is said, with
-its side, zone and size, and nothing that it does not show. The wording is drawn at random; the facts are not. Facts
-come back in the impression in other words, so that a word can be told from far away on either side.
+its side, zone and size, and nothing that it does not show. The wording is drawn at random, with the habits of one of
+a few readers; the facts are not. Facts come back in the impression in other words, so that a word can be told from
+far away on either side.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from mnemos.sharding.synthetic.studies import Finding, Study
 
 MOST_WORDS = 57  # words and punctuation marks; a frequent word is one token, so 64 tokens hold them
+HABIT = 0.75  # how often a reader falls back on a wording or an order of their own
 
 Say = Callable[..., str]  # chooses one of its arguments
 
@@ -39,16 +41,24 @@ _OTHER = {"right": "left", "left": "right"}
 
 def write_report(study: Study, rng: np.random.Generator) -> str:
     """Return the report of one study: one paragraph of at most MOST_WORDS words and punctuation marks."""
+    habit = HABIT
 
     def say(*choices: str) -> str:
-        return choices[int(rng.integers(len(choices)))]
+        own = rng.random() < habit
+        return choices[study.reader % len(choices) if own else int(rng.integers(len(choices)))]
 
-    while True:  # wordings that grow too long are drawn again; most fit
+    def arrange(sentences: list[str]) -> list[str]:
+        """Return the sentences in the reader's order, or now and then in any."""
+        if rng.random() < habit:
+            first = study.reader % len(sentences)
+            return sentences[first:] + sentences[:first]
+        return [sentences[place] for place in rng.permutation(len(sentences))]
+
+    while True:
         told = [
             _Told(finding, study if place == 0 else None, say) for place, finding in enumerate(study.findings)
         ]
         body = [_heart(study, say), *[_describe(fact, say) for fact in told], _absent(told, say)]
-        rng.shuffle(body)
         opening = (
             say("", "", "pa and lateral views. ", "portable ap view. ", "upright chest radiograph. ")
             + "findings:"
@@ -56,12 +66,11 @@ def write_report(study: Study, rng: np.random.Generator) -> str:
         closing = f"impression: {_impression(study, told, say)}"
         if _length(opening, *body, closing) <= MOST_WORDS:
             break
-    extras = _extras(study, say)
-    rng.shuffle(extras)
-    for sentence in extras:
+        habit = 0.0  # too long: draw again, in any words
+    for sentence in arrange(_extras(study, say)):
         if _length(opening, *body, sentence, closing) <= MOST_WORDS:
-            body.insert(int(rng.integers(len(body) + 1)), sentence)
-    return " ".join([opening, *body, closing])
+            body.append(sentence)
+    return " ".join([opening, *arrange(body), closing])
 
 
 class _Told:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mnemos.sharding.synthetic.drawing import stream
 
+READERS = 6
 CLASSES = ("clear", "opacity", "effusion")
 Kind = Literal["consolidation", "nodule", "effusion"]
 Side = Literal["right", "left"]
@@ -42,6 +43,7 @@ class Study:
         volume: depth of breath; below -0.5 low, above 0.5 hyperinflated.
         aorta: from 0 to 1; above 0.75 tortuous.
         spine: sideways curve in units of the chest; above 0.05 in size a scoliosis.
+        reader: who reads the films of this patient, 0 to READERS - 1; readers differ in wording.
         earlier: size of the first finding at the previous visit; None at the first visit.
     """
 
@@ -52,6 +54,7 @@ class Study:
     volume: float
     aorta: float
     spine: float
+    reader: int
     earlier: float | None
 
 
@@ -84,12 +87,15 @@ def draw_studies(seed: int, split: str, groups: int, visits: int) -> list[Study]
             "aorta": float(rng.uniform()),
             "spine": float(rng.normal(0, 0.035)),
         }
+        reader = int(rng.integers(READERS))
         earlier = None
         for _ in range(visits):
             findings = tuple(
                 Finding(kind=kind, side=side, zone=zone, size=float(rng.uniform()))
                 for kind, side, zone in places
             )
-            studies.append(Study(label=label, group=group, findings=findings, earlier=earlier, **build))
+            studies.append(
+                Study(label=label, group=group, findings=findings, reader=reader, earlier=earlier, **build)
+            )
             earlier = findings[0].size if findings else None
     return studies

@@ -50,10 +50,10 @@ def draw_tiles(
     # White is the lumen of a gland, a cleft around a nest, or a vessel anywhere; cells are gathered accordingly.
     kind = labels[:, None, None]
     inside = _islands(x, y, tissue(0.75, 1.1), tile(0, 1), tile(0, 1))
-    loose, patchy = smooth_field(rng, num, size, 5), smooth_field(rng, num, size, 3)
+    loose, patchy = smooth_field(rng, num, size, 3), smooth_field(rng, num, size, 3)
     epithelium = _top_share(np.where(kind == 2, patchy, inside), tile(0.25, 0.5), 0.3)
     cleft = 0.15 * loose - np.abs(inside - 0.2)
-    white = _top_share(np.select([kind == 0, kind == 1], [inside, cleft], loose), tile(0.12, 0.32), 0.04)
+    white = _top_share(np.select([kind == 0, kind == 1], [inside, cleft], loose), tile(0.12, 0.31), 0.12)
     ring = np.exp(-(((inside - 0.42) / 0.11) ** 2)) + 0.02
     solid = edge(0.3 - inside, 0.15) + 0.02
     weight = np.select([kind == 0, kind == 1], [ring, solid], 0.4 + epithelium) * (1 - white) + 1e-4
@@ -68,8 +68,8 @@ def draw_tiles(
     eosin = 0.15 * fibre * (1 - 0.8 * epithelium) - 0.25 * epithelium + 0.3 * cloud
     p = np.linspace(0, 1, size * size, dtype=np.float32)
     eosin = by_rank(eosin, 0.3 + 0.7 * p ** np.exp(uniform(rng, -0.4, 0.4, num, 1)))
-    haema = tissue(0.02, 0.5) + 0.22 * epithelium + 0.04 * cloud
-    haema = mix(haema, tile(0.6, 0.9) + 0.3 * chromatin, nuclei)
+    haema = tissue(0.02, 0.65) + 0.22 * epithelium + 0.04 * cloud
+    haema = mix(haema, tile(0.6, 0.9) + 0.25 * chromatin, nuclei)
     eosin = mix(eosin, 0.35, nuclei)
 
     # Light: the section is thicker on one side; white is glass, up to a trace of stain.
@@ -146,6 +146,6 @@ def _nuclei(
 
 def _stain(vector: F32, rng: np.random.Generator, of_N: npt.NDArray[np.intp]) -> F32:
     """Draw a variant of a stain's optical density vector for each group, [N, 3, 1, 1]."""
-    varied = vector * np.exp(rng.normal(0, 0.15, (int(of_N.max()) + 1, 3)))
+    varied = vector * np.exp(rng.normal(0, 0.18, (int(of_N.max()) + 1, 3)))
     unit = varied / np.linalg.norm(varied, axis=1, keepdims=True)
     return np.asarray(unit[of_N][:, :, None, None], np.float32)
