@@ -108,7 +108,8 @@ def meet(timeout_s: int = 1800) -> None:
         return
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
     else:
         torch.cuda.set_device(local_rank())
     with quiet():
