@@ -1,8 +1,8 @@
 """Softmax attention over short sequences.
 
 Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1. A GPU takes torch's fused attention. A CPU
-takes the definition: at 17 to 112 tokens torch's fused CPU kernel is up to seven times slower in bf16, because it
-works in blocks much longer than the sequence (`python bench/attention_cpu.py`).
+takes the definition: at 17 to 65 tokens in bf16 torch's fused CPU kernel took 2.5 to 4.9 times as long, because it works
+in blocks much longer than the sequence; in fp32 it took 0.7 to 1.0 times as long (`python bench/attention_cpu.py`).
 
 Shape suffixes: B = samples, H = heads, L = tokens, W = head width.
 """
