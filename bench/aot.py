@@ -1,35 +1,54 @@
 """Compile every Triton kernel ahead of time, for targets that need not be there, and show what it takes of each.
 
-    python bench/aot.py
+    python bench/aot.py                 every kernel, every target
+    python bench/aot.py --op NAME       the kernels of one operation; again for more
 
 The launch functions run on tensors without storage under a driver that only names a target, so that what is compiled is
-what a launch would compile: the same constants, alignments and warps. Exits 1 when a kernel spills to local memory or
-wants more shared memory than the target has.
+what a launch would compile: the same constants, alignments and warps. Launches that lead to the same machine code share
+one line, that of the first. Exits 1 when a kernel spills to local memory or wants more shared memory than the target has.
 """
 
+import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from mnemos.kernels.gather_patches import launch_gather_patches
-from mnemos.kernels.masked_patch_mse import launch_masked_patch_mse
+from mnemos.bench.op_cases import BATCH, DTYPES, OPS
+from mnemos.engine.plain_table import format_table
+from mnemos.sharding.command import Parser, run_command
+from mnemos.sharding.errors import UserError
 
 KIB = 1024
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+COLUMNS = {
+    "target": "target",
+    "kernel": "kernel",
+    "inputs": "first launched for",
+    "warps": "warps",
+    "registers": "regs",
+    "scalar_spills": "sspill",
+    "stack_bytes": "STACK",
+    "local_bytes": "LOCAL",
+    "shared_bytes": "shared",
+    "fault": "",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +72,9 @@ TARGETS = (
 class Usage:
     """What one compiled kernel takes. Zero where the target has no such thing."""
 
-    registers: int
-    scalar_spills: int
-    stack_bytes: int
+    registers: int  # vector registers on gfx942
+    scalar_spills: int  # to vector registers: shown, no fault
+    stack_bytes: int  # private segment on gfx942
     local_bytes: int  # registers spilled to memory
     shared_bytes: int
 
@@ -102,35 +121,33 @@ def compiled_by(launch: Callable[[], Any], target: Target) -> list[Any]:
     return kernels
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor without storage."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def launches(op: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield (inputs, launch) of one operation's device code, at every shape and type of its cases."""
+    for case, make in OPS[op].cases.items():
+        for short, dtype in DTYPES.items():
+            for what, launch in OPS[op].launches(make(torch.device("meta"), BATCH, dtype)):
+                yield f"{case} {short} {what}", launch
 
 
-def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield (what, launch) for every kernel at the shapes and types the preset `base` runs, batch 128."""
-    B = 128
-    inputs = {
-        "16x16x3 uint8 rgb": ((B, 3, 224, 224), torch.uint8, (16, 16), 3, 49),
-        "16x16x3 uint8 grey": ((B, 1, 224, 224), torch.uint8, (16, 16), 3, 49),
-        "16x16x16 int16": ((B, 1, 16, 192, 192), torch.int16, (16, 16, 16), 1, 36),
-    }
-    per_sample, upstream = empty(B), empty()
-    partner = empty(B, dtype=torch.int64)
-    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for name, (shape, stored, patch, channels, num_visible) in inputs.items():
-            what = f"{name} {short}"
-            images, visible = empty(*shape, dtype=stored), empty(B, num_visible, dtype=torch.int64)
-            masked = empty(B, 3 * num_visible, dtype=torch.int64)
-            pred = empty(B, 3 * num_visible, torch.Size(patch).numel() * channels, dtype=dtype)
-            flip = empty(B, len(patch), dtype=torch.bool)
-            gather = partial(launch_gather_patches, images, visible, patch, channels, per_sample, per_sample)
-            yield what, partial(gather, None, None, None, dtype)
-            yield f"{what} flip mix", partial(gather, flip, partner, per_sample, dtype)
-            loss = partial(launch_masked_patch_mse, pred, images, masked, patch, channels, per_sample)
-            for mirror, suffix in ((None, ""), (flip, " flip")):
-                yield f"{what}{suffix} loss", partial(loss, mirror)
-                yield f"{what}{suffix} grad", partial(loss, mirror, upstream)
+def compile_op(op: str, target: Target) -> list[dict[str, Any]]:
+    """Compile one operation's launches for a target; return a row of the table for every distinct kernel."""
+    rows: dict[str, dict[str, Any]] = {}
+    for inputs, launch in launches(op):
+        for kernel in compiled_by(launch, target):
+            if kernel.hash in rows:
+                continue
+            used = usage(kernel)
+            faults = ", ".join(used.faults(target))
+            rows[kernel.hash] = {
+                "target": target.name,
+                "kernel": kernel.metadata.name.strip("_"),
+                "inputs": f"{op} {inputs}",
+                "warps": kernel.metadata.num_warps,
+                **vars(used),
+                "hash": kernel.hash,
+                "fault": f"FAULT: {faults}" if faults else "",
+            }
+    return list(rows.values())
 
 
 def usage(kernel: Any) -> Usage:
@@ -167,32 +184,56 @@ def _resource_usage(cubin: bytes) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def main() -> int:
+def compile_all(ops: Sequence[str], jobs: int) -> list[dict[str, Any]]:
+    """Return the rows of all targets, compiled by `jobs` processes; a kernel that operations share comes once."""
+    tasks = [(op, target) for target in TARGETS for op in ops]
+    found = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _leave_the_signal_to_the_parent) as pool:
+        waiting = {pool.submit(compile_op, *task): task for task in tasks}
+        try:
+            for done in tqdm(as_completed(waiting), total=len(tasks), desc="compile", unit="op"):
+                found[waiting[done]] = done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    rows: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        for row in found[task]:
+            rows.setdefault(row["hash"], row)
+    return list(rows.values())
+
+
+def _leave_the_signal_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Compile everything, print the table, return the exit code."""
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        print("TRITON_INTERPRET is set, nothing can be compiled; unset it", file=sys.stderr)
-        return 2
-    print(
-        f"Triton {triton.__version__}; regs, STACK and LOCAL (bytes) per thread, shared (bytes) per program"
-    )
-    print(
-        f"{'target':8}{'kernel':26}{'inputs':34}{'warps':>6}"
-        f"{'regs':>6}{'sspill':>8}{'STACK':>7}{'LOCAL':>7}{'shared':>8}"
-    )
-    num_faults = 0
-    for target in TARGETS:
-        for what, launch in launches():
-            for kernel in compiled_by(launch, target):
-                used = usage(kernel)
-                faults = used.faults(target)
-                num_faults += bool(faults)
-                print(
-                    f"{target.name:8}{kernel.metadata.name.strip('_'):26}{what:34}{kernel.metadata.num_warps:6}"
-                    f"{used.registers:6}{used.scalar_spills:8}{used.stack_bytes:7}{used.local_bytes:7}"
-                    f"{used.shared_bytes:8}{'  FAULT: ' + ', '.join(faults) if faults else ''}"
-                )
-    print(f"{num_faults} faults" if num_faults else "no kernel spills")
-    return 1 if num_faults else 0
+    faults: list[str] = []
+
+    def command(argv: Sequence[str] | None) -> None:
+        parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--op", action="append", choices=sorted(OPS), help="of this operation only")
+        cores = len(os.sched_getaffinity(0))
+        parser.add_argument("--jobs", type=int, default=cores, help=f"processes that compile ({cores})")
+        given = parser.parse_args(argv)
+        if given.jobs < 1:
+            raise UserError(
+                f"--jobs {given.jobs}: at least one process must compile; leave it out, or give 1"
+            )
+        if os.environ.get("TRITON_INTERPRET", "0") != "0":
+            raise UserError("TRITON_INTERPRET is set, nothing can be compiled; unset it")
+        start = time.monotonic()
+        rows = compile_all(given.op or list(OPS), given.jobs)
+        print(format_table(rows, COLUMNS))
+        print(
+            f"Triton {triton.__version__}; registers, STACK and LOCAL (bytes) of a thread, shared (bytes) of a program"
+        )
+        print(f"{len(rows)} kernels in {time.monotonic() - start:.0f} s with {given.jobs} processes")
+        faults.extend(row["kernel"] for row in rows if row["fault"])
+        print(f"{len(faults)} faults" if faults else "no kernel spills")
+
+    return run_command(command, argv) or int(bool(faults))
 
 
 if __name__ == "__main__":

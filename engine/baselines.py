@@ -5,7 +5,7 @@ word by how often it occurs, or occurs after its left neighbour. A model that ha
 these.
 
 Shape suffixes: B = samples, L = patches or token positions, M = masked patches, P = values per patch,
-S = scored positions, V = vocabulary.
+S = scored words, V = vocabulary.
 """
 
 from collections.abc import Sequence
@@ -135,19 +135,22 @@ class NgramEntropy:
             self._merge()
 
     def score(
-        self, ids_BL: ArrayLike | Tensor, scored_BS: ArrayLike | Tensor, labels_BS: ArrayLike | Tensor
+        self,
+        ids_BL: ArrayLike | Tensor,
+        text_S: ArrayLike | Tensor,
+        position_S: ArrayLike | Tensor,
+        labels_S: ArrayLike | Tensor,
     ) -> NgramScore:
         """Score the words a model was asked for.
 
         Args:
             ids_BL: int [B, L], the texts; masked words may stand in them, the labels are put back first.
-            scored_BS: int [B, S], positions of the words asked for.
-            labels_BS: int [B, S], their ids; -100 where a row has fewer than S.
+            text_S: int [S], rows of the words asked for.
+            position_S: int [S], their positions in the text.
+            labels_S: int [S], their ids.
         """
         self._merge()
-        scored_BS, labels_BS = np.asarray(scored_BS), np.asarray(labels_BS).astype(np.int64)
-        row, column = np.nonzero(labels_BS != -100)
-        words, place = labels_BS[row, column], scored_BS[row, column]
+        row, place, words = (np.asarray(part).astype(np.int64) for part in (text_S, position_S, labels_S))
         ids_BL = np.array(ids_BL).astype(np.int64)
         ids_BL[row, place] = words
         lefts = self._left_of(ids_BL)[row, place]

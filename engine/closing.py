@@ -19,6 +19,7 @@ from mnemos.engine import dist
 from mnemos.engine.clustering import kmeans, nearest_of_each, num_clusters
 from mnemos.engine.curriculum import Plan, Stage
 from mnemos.engine.encoder import Encoder, pooled
+from mnemos.engine.preparing import pack_texts
 from mnemos.engine.progress import Progress
 from mnemos.engine.weights import encode_unmasked, read_encoder
 from mnemos.kernels.counter_rng import stream_key
@@ -61,17 +62,18 @@ def embed(encoder: Encoder, shards: ShardSet, device: torch.device, *, title: st
             numbers = numbers[numbers < len(shards)]
             if len(numbers):
                 request = Request(step=0, member=0, samples=numbers, places=numbers)
-                features = _features(encoder, shards, read_batch([shards], request).to(device))
+                features = _features(encoder, shards, read_batch([shards], request), device)
                 rows_RD[start : start + len(numbers)] = features
             progress.advance(len(numbers))
     return dist.gather_rows(rows_RD)[: len(shards)].cpu()
 
 
-def _features(encoder: Encoder, shards: ShardSet, raw: RawBatch) -> Tensor:
+def _features(encoder: Encoder, shards: ShardSet, raw: RawBatch, device: torch.device) -> Tensor:
     kind = shards.manifest.kind
     if kind == "text":
-        valid_BL = raw.data != PAD
-        return pooled(encoder.forward_text(raw.data, valid_BL), valid_BL)
+        rows = pack_texts(raw.data, raw.data != PAD).to(device)
+        return pooled(encoder.forward_text(rows.ids_T, rows.position_T, rows.packing), rows.packing)
+    raw = raw.to(device)
     return pooled(encode_unmasked(encoder, kind, raw.data, raw.scale_B, raw.shift_B), None)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnemos.engine.encoder import Attention, ImageKind, initialise
+from mnemos.engine.encoder import Attention, ImageKind, ResidualNorm, initialise
 from mnemos.engine.positions import sin_cos_table
 from mnemos.kernels.assemble_decoder_tokens import assemble_decoder_tokens
 from mnemos.kernels.gather_tokens import gather_tokens
@@ -20,19 +20,19 @@ from mnemos.kernels.masked_lm_loss import masked_lm_loss
 class DecoderBlock(nn.Module):
     """Plain pre-norm block (He et al., 2021): x + attention(norm_1(x)), then x + mlp(norm_2(x))."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, attention: str) -> None:
         super().__init__()
-        self.norm_1 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = Attention(width, heads)
-        self.norm_2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm_1 = ResidualNorm(width, eps=1e-6)
+        self.attention = Attention(width, heads, attention)
+        self.norm_2 = ResidualNorm(width, eps=1e-6)
         self.fc_1 = nn.Linear(width, 4 * width)
         self.fc_2 = nn.Linear(4 * width, width)
 
-    def forward(self, x_BLE: Tensor) -> Tensor:
-        """Return [B, L, E]."""
-        x_BLE = x_BLE + self.attention(self.norm_1(x_BLE))
-        branch: Tensor = self.fc_2(F.gelu(self.fc_1(self.norm_2(x_BLE))))
-        return x_BLE + branch
+    def forward(self, x_BLE: Tensor, branch_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the residual stream and the branch still to be added to it; `branch_BLE` is the block before's."""
+        x_BLE, normed = self.norm_1(x_BLE, branch_BLE)
+        x_BLE, normed = self.norm_2(x_BLE, self.attention(normed))
+        return x_BLE, self.fc_2(F.gelu(self.fc_1(normed)))
 
 
 class DecoderStem(nn.Module):
@@ -46,7 +46,7 @@ class DecoderStem(nn.Module):
     def forward(self, features_BND: Tensor, visible_BK: Tensor, positions_LE: Tensor) -> Tensor:
         """Return [B, 1 + L, E], CLS first."""
         tokens = self.project(features_BND)
-        return assemble_decoder_tokens(tokens, self.mask_token, positions_LE.to(tokens.dtype), visible_BK)
+        return assemble_decoder_tokens(tokens, self.mask_token, positions_LE, visible_BK)
 
 
 class ImageDecoder(nn.Module):
@@ -62,11 +62,12 @@ class ImageDecoder(nn.Module):
         values: dict[str, int],
         *,
         official: bool = False,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         self.stem = DecoderStem(encoder_width, width)
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, attention) for _ in range(depth))
+        self.norm = ResidualNorm(width, eps=1e-6)
         self.heads = nn.ModuleDict({kind: nn.Linear(width, size) for kind, size in values.items()})
         for kind, grid in grids.items():
             if official:  # the authors' positions: trained, from zeros
@@ -80,10 +81,11 @@ class ImageDecoder(nn.Module):
     def forward(self, kind: ImageKind, features_BND: Tensor, visible_BK: Tensor, masked_BM: Tensor) -> Tensor:
         """Return predictions [B, M, P] of the masked patches, in the order of `masked_BM`."""
         x_BLE = self.stem(features_BND, visible_BK, getattr(self, f"positions_{kind}"))
+        branch_BLE = None
         for block in self.blocks:
-            x_BLE = block(x_BLE)
-        masked_BME = gather_tokens(x_BLE, masked_BM + 1)  # row 0 is CLS
-        predicted_BMP: Tensor = self.heads[kind](self.norm(masked_BME))
+            x_BLE, branch_BLE = block(x_BLE, branch_BLE)
+        _, normed_BLE = self.norm(x_BLE, branch_BLE)
+        predicted_BMP: Tensor = self.heads[kind](gather_tokens(normed_BLE, masked_BM + 1))  # row 0 is CLS
         return predicted_BMP
 
 
@@ -100,9 +102,10 @@ class WordHead(nn.Module):
         self.apply(initialise)
         nn.init.normal_(self.words.weight, std=1 / math.sqrt(width) / 4)
 
-    def forward(self, features_SD: Tensor, labels_S: Tensor) -> Tensor:
-        """Return the fp32 sum of cross-entropies over the rows whose label is not -100."""
-        return masked_lm_loss(self._hidden(features_SD), self.words.weight, self.words.bias, labels_S)
+    def forward(self, features_SD: Tensor, labels_S: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Return factor * the fp32 sum of cross-entropies over the rows whose label is not -100."""
+        hidden = self._hidden(features_SD)
+        return masked_lm_loss(hidden, self.words.weight, self.words.bias, labels_S, factor)
 
     def logits(self, features: Tensor) -> Tensor:
         """Return [..., V], for looking at predictions."""

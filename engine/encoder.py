@@ -3,7 +3,11 @@
 Source: Ye et al., "Continual Self-supervised Learning: Towards Universal Multi-modal Medical Data Representation
 Learning", CVPR 2024: a pre-norm ViT with LayerScale after DropPath and no final norm.
 
-Shape suffixes: B samples, L tokens, K visible patches, N = tokens of a sequence with CLS, D width, P values a patch.
+Between the blocks a sequence travels as residual stream and branch: the branch is added where the next block
+normalises, in one pass over both.
+
+Shape suffixes: B samples, L tokens, K visible patches, N = tokens of a sequence with CLS, T = tokens of a packed batch of
+texts, D width, P values a patch.
 """
 
 from collections.abc import Sequence
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mnemos.engine.positions import interpolate_table, sin_cos_table
-from mnemos.kernels.attention import attention
+from mnemos.kernels.attention import Packing, attention
 from mnemos.kernels.layer_scale_residual_norm import layer_scale_residual_norm
 
 ImageKind = Literal["image", "volume"]
@@ -51,59 +55,71 @@ class EncoderShape:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over one packed projection."""
+    """Multi-head self-attention over one packed projection; `backend` as in `mnemos.kernels.attention`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, backend: str) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = backend
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, causal: bool = False) -> Tensor:
-        """Return [B, L, D]; `mask_BL` (bool) is True at tokens that may be attended to."""
+    def forward(self, x_BLD: Tensor, packing: Packing | None = None, causal: bool = False) -> Tensor:
+        """Return [B, L, D]; with a packing B is 1 and its sequences do not see each other."""
         B, L, D = x_BLD.shape
-        q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = attention(q, k, v, mask_BL, causal=causal)
-        out_BLD: Tensor = self.out(mixed.transpose(1, 2).reshape(B, L, D))
+        q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).unbind(2)
+        mixed = attention(q, k, v, packing=packing, causal=causal, backend=self.backend)
+        out_BLD: Tensor = self.out(mixed.reshape(B, L, D))
         return out_BLD
+
+
+class ResidualNorm(nn.LayerNorm):
+    """Add a branch to the residual stream and normalise the sum, in one pass over both."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None, scale_D: Tensor | None = None, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return x + keep * scale * branch, and its LayerNorm; without a branch x itself, and its LayerNorm."""
+        if branch is None:
+            return x, super().forward(x)
+        return layer_scale_residual_norm(x, branch, scale_D, keep, self.weight, self.bias, self.eps)
 
 
 class Block(nn.Module):
     """Pre-norm block: x + keep * scale_1 * attention(norm_1(x)), then the same with the feed-forward part."""
 
-    def __init__(self, shape: EncoderShape) -> None:
+    def __init__(self, shape: EncoderShape, attention: str) -> None:
         super().__init__()
-        self.norm_1 = nn.LayerNorm(shape.width)
-        self.attention = Attention(shape.width, shape.heads)
+        self.norm_1 = ResidualNorm(shape.width)
+        self.attention = Attention(shape.width, shape.heads, attention)
         self.scale_1 = nn.Parameter(torch.full((shape.width,), shape.layer_scale))
-        self.norm_2 = nn.LayerNorm(shape.width)
+        self.norm_2 = ResidualNorm(shape.width)
         self.fc_1 = nn.Linear(shape.width, shape.ffn)
         self.fc_2 = nn.Linear(shape.ffn, shape.width)
         self.scale_2 = nn.Parameter(torch.full((shape.width,), shape.layer_scale))
 
     def forward(
         self,
-        x_BLD: Tensor,
-        mask_BL: Tensor | None = None,
-        keep_B2: Tensor | None = None,
+        x: Tensor,
+        before: tuple[Tensor, Tensor, Tensor | None] | None,
+        keep: Tensor | None = None,
+        packing: Packing | None = None,
         causal: bool = False,
-    ) -> Tensor:
-        """Return [B, L, D]; `keep_B2` scales the two branches of each sample: 0 dropped, else 1 / (1 - rate)."""
-        branch: Tensor = self.attention(self.norm_1(x_BLD), mask_BL, causal)
-        norm_2 = self.norm_2
-        x_BLD, normed = layer_scale_residual_norm(
-            x_BLD,
-            branch,
-            self.scale_1,
-            None if keep_B2 is None else keep_B2[:, 0].contiguous(),
-            norm_2.weight,
-            norm_2.bias,
-            norm_2.eps,
-        )
-        branch = self.fc_2(F.gelu(self.fc_1(normed))) * self.scale_2
-        if keep_B2 is not None:
-            branch = branch * keep_B2[:, 1, None, None].to(branch.dtype)
-        return x_BLD + branch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual stream, and the branch still to be added to it with its scale.
+
+        Args:
+            x: residual stream [B, L, D].
+            before: branch, scale and keep that the block before left to be added; None at the first.
+            keep: factors [B] of the attention branch ([T] where packed): 0 dropped, else 1 / (1 - rate).
+            packing: of texts.
+            causal: a token attends to itself and what stands before it only.
+        """
+        x, normed = self.norm_1(x, *(before or (None,)))
+        branch: Tensor = self.attention(normed, packing, causal)
+        x, normed = self.norm_2(x, branch, self.scale_1, keep)
+        branch = self.fc_2(F.gelu(self.fc_1(normed)))
+        return x, branch, self.scale_2.clone()  # ZeRO 3 takes the parameter itself back before it is used
 
 
 class PatchTokenizer(nn.Module):
@@ -156,9 +172,9 @@ class TextTokenizer(nn.Module):
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, ids_BL: Tensor) -> Tensor:
-        """Return [B, L, D]."""
-        tokens = self.embedding(ids_BL) + self.position[: ids_BL.shape[1]]
+    def forward(self, ids_T: Tensor, position_T: Tensor) -> Tensor:
+        """Return [T, D]."""
+        tokens = self.embedding(ids_T) + self.position[position_T]
         token_type = self.token_type[0] if self.token_type.ndim == 2 else self.token_type
         normed: Tensor = self.norm(tokens + token_type)
         return normed
@@ -181,7 +197,7 @@ class Stem(nn.Module):
 class Encoder(nn.Module):
     """Texts, images and volumes to feature sequences."""
 
-    def __init__(self, shape: EncoderShape, *, recompute: bool = False) -> None:
+    def __init__(self, shape: EncoderShape, *, recompute: bool = False, attention: str = "auto") -> None:
         super().__init__()
         self.shape = shape
         self.recompute = recompute
@@ -200,7 +216,7 @@ class Encoder(nn.Module):
                 {"positions": torch.zeros(1600, shape.width), "types": torch.zeros(1, shape.width)}
             )
         self.stem = Stem(shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.depth))
         self.apply(initialise)
 
     def forward_patches(
@@ -221,32 +237,55 @@ class Encoder(nn.Module):
             keep: [B, 2 * depth] DropPath factors; None keeps every branch.
         """
         tokens = self.tokenizers[kind](patches_BKP, ids_BK, grid)
-        return self._run_blocks(self.stem(tokens), None, keep)
+        return self._run_blocks(self.stem(tokens), keep)
 
-    def forward_text(self, ids_BL: Tensor, valid_BL: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return features [B, L, D]; rows where `valid_BL` is False are neither attended to nor meaningful."""
+    def forward_text(
+        self, ids_T: Tensor, position_T: Tensor, packing: Packing, keep: Tensor | None = None
+    ) -> Tensor:
+        """Return features [1, T, D] of texts that lie one after the other.
+
+        Args:
+            ids_T: int64 token ids.
+            position_T: int64 place of each token in its text.
+            packing: where the texts begin and end.
+            keep: [B, 2 * depth] DropPath factors; None keeps every branch.
+        """
         if "text" not in self.tokenizers:
             raise ValueError("this encoder was made without texts; train a curriculum that has a text stage")
-        return self._run_blocks(self.tokenizers["text"](ids_BL), valid_BL, keep, causal=self.shape.official)
+        tokens = self.tokenizers["text"](ids_T, position_T)
+        if keep is not None:
+            keep = keep.repeat_interleave(packing.offsets_B1.diff(), 0, output_size=len(ids_T))
+        return self._run_blocks(tokens[None], keep, packing, causal=self.shape.official)
 
     def _run_blocks(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, keep: Tensor | None, *, causal: bool = False
+        self, x: Tensor, keep: Tensor | None, packing: Packing | None = None, *, causal: bool = False
     ) -> Tensor:
+        factors = [None] * (2 * len(self.blocks)) if keep is None else keep.t().contiguous().unbind()
+        before = None
         for number, block in enumerate(self.blocks):
-            keep_B2 = None if keep is None else keep[:, 2 * number : 2 * number + 2]
+            inputs = (x, before, factors[2 * number], packing, causal)
             if self.recompute and torch.is_grad_enabled():
-                x_BLD = checkpoint(block, x_BLD, mask_BL, keep_B2, causal, use_reentrant=False)
+                x, branch, scale_D = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x_BLD = block(x_BLD, mask_BL, keep_B2, causal)
-        return x_BLD
+                x, branch, scale_D = block(*inputs)
+            before = (branch, scale_D, factors[2 * number + 1])
+        if before is None:
+            return x
+        branch, scale_D, last = before
+        factor = scale_D if last is None else scale_D * last.view(x.shape[0], -1, 1)
+        return torch.addcmul(x, branch, factor.to(x.dtype))
 
 
-def pooled(features_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
-    """Return fp32 [B, D]: the mean over real text tokens, or over patch tokens with CLS (row 0) left out."""
-    if valid_BN is None:
-        return features_BND[:, 1:].float().mean(dim=1)
-    weight = valid_BN.unsqueeze(-1).float()
-    return (features_BND.float() * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+def patch_edges(shape: EncoderShape, kind: str) -> tuple[tuple[int, ...], int]:
+    """Return a patch's edges, (y, x) or (z, y, x), and the channels it holds once grey is broadcast."""
+    return ((shape.image_patch,) * 2, shape.channels) if kind == "image" else ((shape.volume_patch,) * 3, 1)
+
+
+def pooled(features: Tensor, packing: Packing | None) -> Tensor:
+    """Return fp32 [B, D]: the mean over a text's tokens, or over patch tokens with CLS (row 0) left out."""
+    if packing is None:
+        return features[:, 1:].float().mean(dim=1)
+    return torch.segment_reduce(features[0].float(), "mean", offsets=packing.offsets_B1.long(), axis=0)
 
 
 def initialise(module: nn.Module) -> None:

@@ -66,8 +66,8 @@ class Engine:
         return loss
 
     def update(self, loss: Tensor) -> None:
-        """Backward one micro-batch's loss; after the last of an update, step the active parts."""
-        self.engine.backward(loss)
+        """Backward one micro-batch's part of an update; after the last one, step the active parts."""
+        self.engine.backward(loss, scale_wrt_gas=False)  # the parts add up, they are not averaged
         self.engine.step()
 
     def full_weights(self) -> dict[str, Tensor]:

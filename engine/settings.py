@@ -68,6 +68,9 @@ class TrainingSettings(_Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="auto: bf16 on a GPU or a CPU with bf16 instructions, else fp32"
     )
+    attention: Literal["auto", "definition", "sdpa", "varlen", "xformers", "flex"] = Field(
+        "auto", description="how attention is computed; auto: by the table of what was measured"
+    )
     recompute: bool = Field(False, description="recompute activations in backward: less memory, more time")
     seed: int = Field(0, ge=0, description="of everything random")
     log_every: int = Field(20, ge=1, description="updates between two readings of the losses")
@@ -145,6 +148,7 @@ class Settings(_Section):
 
 FREE = {
     "training.micro_batch",
+    "training.attention",
     "training.recompute",
     "training.log_every",
     "training.validate_every",

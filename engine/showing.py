@@ -4,8 +4,10 @@ import numpy as np
 import torch
 
 from mnemos.engine.curriculum import Stage
-from mnemos.engine.objectives import Pretrainer, Rows, TextRows, encode, patch_edges, visible_patches
+from mnemos.engine.encoder import patch_edges
+from mnemos.engine.objectives import Pretrainer, encode, visible_patches
 from mnemos.engine.pictures import WINDOWS, TextExample, reconstruction_strip, text_strip
+from mnemos.engine.preparing import TextRows
 from mnemos.engine.validation import Validation
 
 FOLDER = "reconstructions"
@@ -25,7 +27,7 @@ def show_predictions(stage: Stage, model: Pretrainer, validation: Validation, to
     count = min(NUM_SAMPLES, len(validation.samples))
     numbers = np.linspace(0, len(validation.samples) - 1, count).astype(np.int64)
     raw, rows = validation.rows(numbers)
-    raw, rows = raw.to(torch.device("cpu")), _on_cpu(rows)
+    raw, rows = raw.to(torch.device("cpu")), rows.to(torch.device("cpu"))
     path = stage.directory / FOLDER / f"{stage.name}.png"
     title = f"{stage.manifest.title}: held-out samples after stage {stage.number}"
     if isinstance(rows, TextRows):
@@ -56,34 +58,22 @@ def _text_examples(
 
     tokenizer = load_tokenizer(str(tokenizer_file))
     features = encode(model.encoder, rows, None)
-    best_BL = model.word_head.logits(features).argmax(-1)
-    assert rows.scored_BS is not None and rows.labels_BS is not None
+    best_T = model.word_head.logits(features)[0].argmax(-1)
+    assert rows.scored_S is not None
+
+    def words(ids: torch.Tensor) -> list[str]:
+        return [tokenizer.decode([one], skip_special_tokens=False) for one in ids.tolist()]
+
     examples = []
-    for number in range(len(original_BL)):
-        length = int(rows.valid_BL[number].sum())
-
-        def words(ids: torch.Tensor, length: int = length) -> list[str]:
-            return [tokenizer.decode([one], skip_special_tokens=False) for one in ids[:length].tolist()]
-
-        scored = rows.scored_BS[number][rows.labels_BS[number] != -100].tolist()
-        best = words(best_BL[number])
+    for number, original in enumerate(original_BL):
+        begin, end = rows.bounds[number : number + 2]
+        scored = rows.scored_S[slice(*rows.scored_bounds[number : number + 2])] - begin
+        best = words(best_T[begin:end])
         examples.append(
             TextExample(
-                original=words(original_BL[number]),
-                masked=words(rows.ids_BL[number]),
-                predicted={position: best[position] for position in scored},
+                original=words(original[: end - begin]),
+                masked=words(rows.ids_T[begin:end]),
+                predicted={position: best[position] for position in scored.tolist()},
             )
         )
     return examples
-
-
-def _on_cpu(rows: Rows) -> Rows:
-    """Return the batch with every tensor on the CPU."""
-    from dataclasses import fields, replace
-
-    moved = {
-        field.name: value.cpu()
-        for field in fields(rows)
-        if isinstance(value := getattr(rows, field.name), torch.Tensor)
-    }
-    return replace(rows, **moved)  # type: ignore[arg-type]

@@ -17,20 +17,10 @@ from mnemos.engine.curriculum import Plan, Stage
 from mnemos.engine.encoder import Encoder, EncoderShape
 from mnemos.engine.estimates import choose_micro_batch, free_memory
 from mnemos.engine.metrics_log import MetricsLog
-from mnemos.engine.objectives import (
-    Phase,
-    Preparer,
-    Pretrainer,
-    RawImages,
-    RawTexts,
-    Rows,
-    TextRows,
-    encode,
-    local_count,
-    visible_patches,
-)
+from mnemos.engine.objectives import Pretrainer, encode, local_count, visible_patches
 from mnemos.engine.optimizer import active_parts
 from mnemos.engine.parallel import Engine, computes_in_bf16
+from mnemos.engine.preparing import Phase, Preparer, Rows, TextBatch, TextRows, TextsReady
 from mnemos.engine.progress import Progress
 from mnemos.engine.showing import show_predictions
 from mnemos.engine.slots import CURRENT, Schedule, learning_rate, micro_batches, rank_rows
@@ -72,7 +62,9 @@ def encoder_shape(plan: Plan) -> EncoderShape:
 def make_model(plan: Plan, stage: Stage, shape: EncoderShape) -> Pretrainer:
     """Return the stage's model: the encoder of the stage before, everything else fresh, the same on every rank."""
     torch.manual_seed(stream_key(plan.settings.training.seed, stage.name, "weights") % (1 << 63))
-    model = Pretrainer(Encoder(shape, recompute=plan.settings.training.recompute), plan.settings)
+    training = plan.settings.training
+    encoder = Encoder(shape, recompute=training.recompute, attention=training.attention)
+    model = Pretrainer(encoder, plan.settings)
     if stage.number > 1:
         weights = read_weights(plan.stages[stage.number - 2].directory)
         missing, unexpected = model.encoder.load_state_dict(weights, strict=False)
@@ -183,13 +175,12 @@ class StageTraining:
         since = time.monotonic()
         latest: dict[str, float] = {}
         for raw in self.batches(step):
-            phase = "pretext" if raw.member == CURRENT else "rehearsal"
             rate = learning_rate(raw.step, self.schedule.num_steps, peak, training.warmup)
             self.engine.optimizer.set_rate(rate)
             losses[len(pending)] = self.train_step(raw)
             step = raw.step + 1
             pending.append(
-                {"step": step, "modality": self.sets[raw.member].manifest.name, "phase": phase, "lr": rate}
+                {"step": step, "modality": self.sets[raw.member].manifest.name, "phase": _phase(raw.member), "lr": rate}
             )
             last = step == self.schedule.num_steps
             if len(pending) == training.log_every or last:
@@ -218,28 +209,23 @@ class StageTraining:
             log.write([{"step": step, "modality": name, "phase": "validation", **measured}])
         return measured
 
-    def train_step(self, raw: RawBatch) -> Tensor:
+    def train_step(self, raw: RawBatch | TextBatch) -> Tensor:
         """Do one update on this rank's part of a global batch; return its part of the loss (device scalar).
 
         The parts of all ranks add up to the mean over the global batch, whatever the micro-batches.
         """
         raw = raw.to(self.device)
-        manifest = self.sets[raw.member].manifest
-        phase: Phase = "pretext" if raw.member == CURRENT else "rehearsal"
-        preparer = self.preparers[raw.member]
+        manifest, phase = self.sets[raw.member].manifest, _phase(raw.member)
         rows: Rows
-        if manifest.kind == "text":
-            texts = RawTexts(ids_BL=raw.data, place_B=raw.place_B)
-            rows = preparer.texts(manifest, texts, phase=phase, training=True)
+        if isinstance(raw, TextBatch):
+            rows = raw.rows
         else:
-            images = RawImages(images=raw.data, scale_B=raw.scale_B, shift_B=raw.shift_B, place_B=raw.place_B)
-            rows = preparer.images(manifest, images, phase=phase, training=True)
-        terms = local_count(rows, phase)
-        count = (
-            dist.total(terms.float()).clamp_min(1.0)
-            if isinstance(terms, Tensor)
-            else float(terms * dist.world_size())
-        )
+            rows = self.preparers[raw.member].images(manifest, raw, phase=phase, training=True)
+        terms, world = local_count(rows, phase), dist.world_size()
+        if isinstance(rows, TextRows):  # every rank has as many as its texts have
+            factor = world / dist.total(torch.full((), float(terms), device=self.device)).clamp_min(1.0)
+        else:
+            factor = torch.full((), 1.0 / terms, device=self.device)
         self.engine.optimizer.active = active_parts(manifest.kind, phase)
         weight = self.settings.rehearsal.weight if phase == "rehearsal" else 1.0
         done = torch.zeros((), device=self.device)
@@ -247,10 +233,10 @@ class StageTraining:
             part = rows.rows(start, stop)
             patches = None if isinstance(part, TextRows) else visible_patches(self.shape, part, self.dtype)
             target = self._teach(part, patches) if phase == "rehearsal" else None
-            loss = self.engine(part, patches, target) / count
-            done += loss.detach()
-            # DeepSpeed averages over ranks and micro-batches; the loss is a sum over them
-            self.engine.update(loss * (weight * dist.world_size() * self.accumulate))
+            # DeepSpeed averages over the ranks; the factor makes up for it
+            loss = self.engine(part, patches, target, factor)
+            done += loss.detach() / world
+            self.engine.update(loss * weight)
         return done
 
     @torch.no_grad()
@@ -260,22 +246,27 @@ class StageTraining:
         return encode(self.teacher, replace(rows, keep=None), patches_BKP)
 
     def _make_teacher(self, encoder: Encoder) -> Encoder:
-        teacher = Encoder(self.shape)
+        teacher = Encoder(self.shape, attention=self.settings.training.attention)
         teacher.load_state_dict(encoder.state_dict())
         return teacher.to(self.device, self.dtype).eval().requires_grad_(False)
 
-    def batches(self, step: int) -> Iterator[RawBatch]:
+    def batches(self, step: int) -> Iterator[RawBatch | TextBatch]:
         """Yield this rank's part of every global batch from update `step` on."""
         workers = self.settings.data.workers
         on_gpu = self.device.type == "cuda"
         if workers < 0:
             workers = 4 if on_gpu else 0
         plan = partial(_requests, self.schedule, step, dist.rank(), dist.world_size())
-        return stream(self.sets, plan, workers=workers, pin=on_gpu)
+        ready = TextsReady(
+            preparers=self.preparers,
+            kinds=[kept.manifest.kind for kept in self.sets],
+            phases=[_phase(member) for member in range(len(self.sets))],
+        )
+        return stream(self.sets, plan, ready=ready, workers=workers, pin=on_gpu)
 
     def _starts_word(self) -> Tensor | None:
         file = text_tokenizer(self.plan)
-        return None if file is None else torch.from_numpy(starts_word(load_tokenizer(file))).to(self.device)
+        return None if file is None else torch.from_numpy(starts_word(load_tokenizer(file)))
 
     def _report(
         self,
@@ -324,6 +315,10 @@ class StageTraining:
             )
             remove_checkpoints(self.stage.directory / CHECKPOINTS)
         dist.barrier()
+
+
+def _phase(member: int) -> Phase:
+    return "pretext" if member == CURRENT else "rehearsal"
 
 
 def _requests(schedule: Schedule, step: int, rank: int, world_size: int) -> Iterator[Request]:

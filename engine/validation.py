@@ -15,19 +15,10 @@ from torch import Tensor
 
 from mnemos.engine import dist
 from mnemos.engine.baselines import ConstantPredictor, NgramEntropy
-from mnemos.engine.encoder import EncoderShape
-from mnemos.engine.objectives import (
-    ImageRows,
-    Preparer,
-    RawImages,
-    RawTexts,
-    Rows,
-    TextRows,
-    local_count,
-    patch_edges,
-    visible_patches,
-)
+from mnemos.engine.encoder import EncoderShape, patch_edges
+from mnemos.engine.objectives import local_count, visible_patches
 from mnemos.engine.parallel import Engine
+from mnemos.engine.preparing import ImageRows, Preparer, Rows, TextRows
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.stream import RawBatch, Request, read_batch
 
@@ -62,15 +53,12 @@ class Validation:
 
     def rows(self, numbers: np.ndarray) -> tuple[RawBatch, Rows]:
         """Return validation samples as stored, and ready with their masks."""
-        raw = read_batch([self.samples], Request(step=0, member=0, samples=numbers, places=numbers)).to(
-            self.device
-        )
+        raw = read_batch([self.samples], Request(step=0, member=0, samples=numbers, places=numbers))
         manifest = self.samples.manifest
         if manifest.kind == "text":
-            texts = RawTexts(ids_BL=raw.data, place_B=raw.place_B)
-            return raw, self.preparer.texts(manifest, texts, phase="pretext", training=False)
-        images = RawImages(images=raw.data, scale_B=raw.scale_B, shift_B=raw.shift_B, place_B=raw.place_B)
-        return raw, self.preparer.images(manifest, images, phase="pretext", training=False)
+            return raw, self.preparer.texts(raw, phase="pretext", training=False).to(self.device)
+        raw = raw.to(self.device)
+        return raw, self.preparer.images(manifest, raw, phase="pretext", training=False)
 
     @torch.no_grad()
     def measure(self, engine: Engine) -> dict[str, float]:
@@ -136,8 +124,10 @@ class Validation:
         for start in range(0, self._num_samples, self.batch):
             numbers = np.arange(start, min(start + self.batch, self._num_samples), dtype=np.int64)
             raw, rows = self.rows(numbers)
-            assert isinstance(rows, TextRows) and rows.scored_BS is not None and rows.labels_BS is not None
-            one = entropy.score(raw.data.cpu(), rows.scored_BS.cpu(), rows.labels_BS.cpu())
+            assert isinstance(rows, TextRows) and rows.scored_S is not None and rows.labels_S is not None
+            text_S = np.repeat(np.arange(rows.num_samples), np.diff(rows.scored_bounds))
+            position_S = rows.position_T[rows.scored_S].cpu()
+            one = entropy.score(raw.data, text_S, position_S, rows.labels_S.cpu())
             score = one if score is None else score + one
         assert score is not None
         return {"unigram": score.unigram / score.count, "bigram": score.bigram / score.count}

@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnemos.engine.encoder import Encoder, EncoderShape, ImageKind, pooled
-from mnemos.engine.objectives import patch_edges
+from mnemos.engine.encoder import Encoder, EncoderShape, ImageKind, patch_edges, pooled
 from mnemos.engine.patches import all_patches, patch_grid
 from mnemos.engine.run_directory import CARD, WEIGHTS
+from mnemos.kernels.attention import Packing
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import Manifest
 from mnemos.sharding.modalities import STORED_SIZES, Modality
 from mnemos.sharding.sample import Sample
-from mnemos.sharding.tokenizer import PAD
 
 FORMAT = "mnemos-encoder-1"
 TOKENIZER = "tokenizer.json"
@@ -160,19 +159,24 @@ class PretrainedEncoder:
         Raises:
             UserError: unknown modality, or a source that is not of its kind.
         """
-        tokens, valid = self.tokens(modality, source)
-        return pooled(tokens, valid)
+        tokens, packing = self._tokens(modality, source)
+        return pooled(tokens, packing)
 
     @torch.no_grad()
-    def tokens(self, modality: str, source: str | Path | np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Return the feature sequences [N, L, D] (CLS first for images and volumes) and, for texts, bool [N, L]."""
+    def tokens(self, modality: str, source: str | Path | np.ndarray) -> Tensor:
+        """Return the feature sequences [N, L, D], CLS first for images and volumes; arguments as `features`."""
+        return self._tokens(modality, source)[0]
+
+    def _tokens(self, modality: str, source: str | Path | np.ndarray) -> tuple[Tensor, Packing | None]:
         record = self.card["modalities"].get(modality)
         if record is None:
             raise UserError(f"modality {modality!r} is not among those trained: {', '.join(self.modalities)}")
         if record["modality"]["kind"] == "text":
-            ids_BL = self._token_ids(str(source), record["shape"][0])
-            valid_BL = ids_BL != PAD
-            return self.encoder.forward_text(ids_BL, valid_BL), valid_BL
+            ids_T = self._token_ids(str(source), record["shape"][0])
+            ends = torch.tensor([0, len(ids_T)], dtype=torch.int32, device=self.device)
+            packing = Packing(offsets_B1=ends, longest=len(ids_T))
+            place_T = torch.arange(len(ids_T), device=self.device)
+            return self.encoder.forward_text(ids_T, place_T, packing), packing
         samples = _read_samples(source, record)
         data = torch.from_numpy(np.stack([sample.array for sample in samples])).to(self.device)
         if record["modality"]["kind"] == "volume":
@@ -187,7 +191,7 @@ class PretrainedEncoder:
         if not text.strip():
             raise UserError(f"the text {text!r} is empty; give one with at least a word")
         ids = load_tokenizer(self._tokenizer_file).encode(text).ids[:longest]
-        return torch.tensor([ids], device=self.device)
+        return torch.tensor(ids, device=self.device)
 
 
 def _read_samples(source: str | Path | np.ndarray, record: dict[str, Any]) -> list[Sample]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnemos.kernels._common.launch import row_launch
+from mnemos.kernels._common.launch import launch_counts, row_launch
 from mnemos.kernels._common.patches import check_patches, geometry, patch_offsets, raw_patches
 
 
@@ -108,6 +108,7 @@ def launch_gather_patches(
     dtype: torch.dtype,
 ) -> Tensor:
     """Run the device code; shapes were checked by the public function."""
+    launch_counts["gather_patches"] += 1
     B, K = ids_BK.shape
     shape = geometry(images, patch, channels)
     out_BKP = images.new_empty(B, K, shape["P"], dtype=dtype)

@@ -1,8 +1,7 @@
 """Masked patch reconstruction loss against targets normalised per patch, read from the raw image.
 
 Source: He et al., "Masked Autoencoders Are Scalable Vision Learners" (2021), section 4.1, "normalized pixels".
-Forward and backward each read prediction and image once and form the target in registers. A gradient stored in forward
-would have to be read and written again to meet the upstream factor, which is more traffic than reading the image twice.
+Forward reads prediction and image once, forms the target in registers, and leaves the loss and its gradient together.
 
 Shape suffixes: B = samples, M = masked patches, P = values per patch, A = 2 or 3 spatial axes, R = B * M rows.
 """
@@ -20,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from mnemos.kernels._common.launch import row_launch
+from mnemos.kernels._common.launch import launch_counts, row_launch
+from mnemos.kernels._common.loss_gradient import scale_gradient
 from mnemos.kernels._common.patches import check_patches, geometry, patch_offsets, raw_patches
 
 EPS = 1e-6  # added to the patch variance, in squared model units
@@ -47,12 +47,13 @@ def difference_reference(
     return pred_BMP - layer_norm(values_BMP, (P,), gain_P, eps=EPS * shrink)
 
 
-def masked_patch_mse_reference(pred_BMP: Tensor, *args: Any) -> Tensor:
-    """Return the loss `masked_patch_mse` defines, in plain PyTorch; arguments as `difference_reference`."""
-    return difference_reference(pred_BMP, *args).square().sum() / pred_BMP.shape[-1]
+def masked_patch_mse_reference(pred_BMP: Tensor, *args: Any, factor: Tensor | None = None) -> Tensor:
+    """Return the loss `masked_patch_mse` defines, in plain PyTorch; other arguments as `difference_reference`."""
+    loss = difference_reference(pred_BMP, *args).square().mean(-1).sum()
+    return loss if factor is None else loss * factor
 
 
-# ---- device code: one program per patch, statistics in fp32. Forward and backward differ in the last lines only.
+# ---- device code: one program per patch, statistics in fp32.
 @triton.jit
 def _masked_patch_mse_kernel(
     pred_ptr,  # [R, P]
@@ -60,8 +61,9 @@ def _masked_patch_mse_kernel(
     ids_ptr,  # [R] int64
     scale_ptr,  # [B] fp32
     flip_ptr,  # [B, AXES] bool, or None
-    upstream_ptr,  # [] fp32; None asks for the loss
-    out_ptr,  # [R] fp32 losses, or [R, P] gradients
+    factor_ptr,  # [] fp32, or None
+    loss_ptr,  # [R] fp32 out
+    grad_ptr,  # [R, P] out, or None
     M,
     Z,
     Y,
@@ -93,11 +95,13 @@ def _masked_patch_mse_kernel(
     scale = tl.load(scale_ptr + sample)
     variance = scale * scale * (tl.sum(centred * centred, 0) / (P - 1))
     diff = pred - centred * (scale / tl.sqrt(variance + eps))  # 0 past the end of the patch
-    if upstream_ptr is None:
-        tl.store(out_ptr + row, tl.sum(diff * diff, 0) / P)
-    else:
-        grad = diff * (tl.load(upstream_ptr) * 2.0 / P)
-        tl.store(out_ptr + row * P + value, grad.to(out_ptr.dtype.element_ty), mask=inside)
+    factor = 1.0
+    if factor_ptr is not None:
+        factor *= tl.load(factor_ptr)
+    tl.store(loss_ptr + row, tl.sum(diff * diff, 0) / P * factor)
+    if grad_ptr is not None:
+        grad = diff * (2.0 * factor / P)
+        tl.store(grad_ptr + row * P + value, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_masked_patch_mse(
@@ -108,30 +112,29 @@ def launch_masked_patch_mse(
     channels: int,
     scale_B: Tensor,
     flip_BA: Tensor | None,
-    upstream: Tensor | None = None,
-) -> Tensor:
+    factor: Tensor | None,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
     """Run the device code; shapes were checked by the public function.
 
     Returns:
-        The loss, or the gradient of the prediction (in its type) where an upstream gradient is given.
+        The loss and, where asked for, its gradient in the type of the prediction; else an empty tensor.
     """
+    launch_counts["masked_patch_mse"] += 1
     num_rows = ids_BM.numel()
-    if upstream is None:
-        out = pred_BMP.new_empty(num_rows, dtype=torch.float32)
-    else:
-        out = torch.empty_like(pred_BMP)
+    loss_R = pred_BMP.new_empty(num_rows, dtype=torch.float32)
+    grad_BMP = torch.empty_like(pred_BMP) if with_grad else None
     block, num_warps = row_launch(pred_BMP.shape[-1])
     _masked_patch_mse_kernel[(num_rows,)](
-        pred_BMP, images, ids_BM, scale_B, flip_BA, upstream, out, ids_BM.shape[1], eps=EPS,
+        pred_BMP, images, ids_BM, scale_B, flip_BA, factor, loss_R, grad_BMP, ids_BM.shape[1], eps=EPS,
         **geometry(images, patch, channels), BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
-    return out.sum() if upstream is None else out
+    return loss_R.sum(), pred_BMP.new_empty(0) if grad_BMP is None else grad_BMP
 
 
-# ---- custom ops: forward and backward, each for CUDA and CPU. The second result of forward is what backward needs:
-# the difference on a CPU, where forming it again takes as long as forward; nothing on CUDA, where it would be traffic.
+# ---- custom op: the second result is the gradient for an upstream of 1, empty where none is wanted.
 @torch.library.custom_op("mnemos::masked_patch_mse", mutates_args=(), device_types="cuda")
-def _fwd(
+def _masked_patch_mse(
     pred: Tensor,
     images: Tensor,
     ids: Tensor,
@@ -139,61 +142,40 @@ def _fwd(
     channels: int,
     scale: Tensor,
     flip: Tensor | None,
+    factor: Tensor | None,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    loss = launch_masked_patch_mse(pred, images, ids, patch, channels, scale, flip)
-    return loss, loss.new_empty(0)
+    return launch_masked_patch_mse(pred, images, ids, patch, channels, scale, flip, factor, with_grad)
 
 
-@_fwd.register_kernel("cpu")
-def _(pred, images, ids, patch, channels, scale, flip):
+@_masked_patch_mse.register_kernel("cpu")
+def _(pred, images, ids, patch, channels, scale, flip, factor, with_grad):
     diff = difference_reference(pred, images, ids, patch, channels, scale, flip)
-    return diff.square().sum() / pred.shape[-1], diff
+    P = pred.shape[-1]
+    loss = diff.square().mean(-1).sum() * (1.0 if factor is None else factor)
+    if not with_grad:
+        return loss, pred.new_empty(0)
+    return loss, diff.mul_(2.0 / P if factor is None else factor * (2.0 / P)).to(pred.dtype)
 
 
-@_fwd.register_fake
-def _(pred, images, ids, patch, channels, scale, flip):
-    inside = torch.promote_types(pred.dtype, torch.float32)
-    kept = pred.shape if pred.device.type == "cpu" else 0
-    return pred.new_empty((), dtype=inside), pred.new_empty(kept, dtype=inside)
-
-
-@torch.library.custom_op("mnemos::masked_patch_mse_backward", mutates_args=(), device_types="cuda")
-def _bwd(
-    upstream: Tensor,
-    kept: Tensor,
-    pred: Tensor,
-    images: Tensor,
-    ids: Tensor,
-    patch: Sequence[int],
-    channels: int,
-    scale: Tensor,
-    flip: Tensor | None,
-) -> Tensor:
-    return launch_masked_patch_mse(pred, images, ids, patch, channels, scale, flip, upstream)
-
-
-@_bwd.register_kernel("cpu")
-def _(upstream, kept, pred, images, ids, patch, channels, scale, flip):
-    return (kept * (upstream * (2.0 / pred.shape[-1]))).to(pred.dtype)
-
-
-@_bwd.register_fake
-def _(upstream, kept, pred, images, ids, patch, channels, scale, flip):
-    return torch.empty_like(pred)
+@_masked_patch_mse.register_fake
+def _(pred, images, ids, patch, channels, scale, flip, factor, with_grad):
+    loss = pred.new_empty((), dtype=torch.promote_types(pred.dtype, torch.float32))
+    return loss, torch.empty_like(pred) if with_grad else pred.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    pred, images, ids, ctx.patch, ctx.channels, scale, flip = inputs
-    ctx.save_for_backward(output[1], pred, images, ids, scale, flip)
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # nothing is differentiated through the gradient itself
 
 
-def _backward(ctx, upstream, _grad_kept):
-    kept, pred, images, ids, scale, flip = ctx.saved_tensors
-    grad = _bwd(upstream, kept, pred, images, ids, ctx.patch, ctx.channels, scale, flip)
-    return grad, None, None, None, None, None, None
+def _backward(ctx, upstream, _grad_of_grad):
+    (grad,) = ctx.saved_tensors
+    scale_gradient(grad, upstream)
+    return (grad, *(None,) * 8)
 
 
-_fwd.register_autograd(_backward, setup_context=_setup_context)
+_masked_patch_mse.register_autograd(_backward, setup_context=_setup_context)
 
 
 # ---- public function: checks, then one call. The only name engine/ imports.
@@ -207,8 +189,9 @@ def masked_patch_mse(
     scale_B: Tensor,
     shift_B: Tensor,
     flip_BA: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum over patches of mean_P (prediction - target)^2.
+    """Return factor * the sum over patches of mean_P (prediction - target)^2.
 
     The target of a patch p of model values is (p - mean(p)) / sqrt(var(p) + 1e-6), with the unbiased variance.
 
@@ -221,9 +204,11 @@ def masked_patch_mse(
         scale_B: fp32, model units per stored unit.
         shift_B: fp32, model units; a target does not depend on it, so it is only checked.
         flip_BA: bool, the axes (in the order of `patch`) along which a sample is mirrored.
+        factor: fp32 scalar the loss is weighted with; None is 1.
 
     Returns:
-        Scalar fp32, dimensionless (fp64 for an fp64 prediction on a CPU); divide by the number of masked patches.
+        Scalar fp32, dimensionless (fp64 for an fp64 prediction on a CPU); with factor 1, divide by the number of
+        masked patches.
 
     Raises:
         ValueError: shapes do not fit each other, or an input is not contiguous.
@@ -236,4 +221,6 @@ def masked_patch_mse(
         )
     if not pred_BMP.is_contiguous():
         raise ValueError("prediction must be contiguous; call .contiguous() where you made it")
-    return _fwd(pred_BMP, images, ids_BM, patch, channels, scale_B, flip_BA)[0]
+    with_grad = pred_BMP.requires_grad and torch.is_grad_enabled()
+    args = (pred_BMP, images, ids_BM, patch, channels, scale_B, flip_BA, factor, with_grad)
+    return _masked_patch_mse(*args)[0]

@@ -108,33 +108,42 @@ class _Planned:
 class _Read:
     """Pipeline stage: requests to batches. A broken sample is handed on, so that it arrives as one sentence."""
 
-    def __init__(self, sets: Sequence[ShardSet]) -> None:
+    def __init__(self, sets: Sequence[ShardSet], ready: Callable[[RawBatch], Any] | None) -> None:
         self.sets = sets
+        self.ready = ready
 
-    def __call__(self, requests: Iterable[Request]) -> Iterator[RawBatch | DataError]:
+    def __call__(self, requests: Iterable[Request]) -> Iterator[Any]:
         for request in requests:
             try:
-                yield read_batch(self.sets, request)
+                raw = read_batch(self.sets, request)
+                yield raw if self.ready is None else self.ready(raw)
             except DataError as error:
                 yield error
                 return
 
 
 def stream(
-    sets: Sequence[ShardSet], plan: Callable[[], Iterable[Request]], *, workers: int, pin: bool
-) -> Iterator[RawBatch]:
+    sets: Sequence[ShardSet],
+    plan: Callable[[], Iterable[Request]],
+    *,
+    ready: Callable[[RawBatch], Any] | None = None,
+    workers: int,
+    pin: bool,
+) -> Iterator[Any]:
     """Yield the batches of a plan, in its order.
 
     Args:
         sets: what `Request.member` counts into.
         plan: makes the requests; called once in every worker, so it must be picklable and pure.
+        ready: what a worker makes of a raw batch before it hands it over, picklable; its result has `pin_memory` where
+            `pin` is asked for. None hands over the raw batch.
         workers: reading processes; 0 reads in this one.
         pin: deliver in page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
         DataError: a sample is broken; it names shard and key.
     """
-    pipeline: Any = webdataset.DataPipeline(_Planned(plan), _Read(sets))
+    pipeline: Any = webdataset.DataPipeline(_Planned(plan), _Read(sets, ready))
     options: dict[str, Any] = {}
     if workers:
         options = {"prefetch_factor": 4, "worker_init_fn": _outlive_the_signal}

@@ -10,6 +10,7 @@ from zero_worker import plan_of
 
 from mnemos.engine import dist
 from mnemos.engine.stage_training import StageTraining
+from mnemos.kernels._common.launch import launch_counts
 
 STEPS, WARM = 36, 12
 
@@ -41,6 +42,7 @@ def main() -> None:
                 if "synchroniz" in str(one.message)
             ]
     answer = {"losses": [float(loss) for loss in losses], "waits": waits, "watched": sorted(watched)}
+    answer["launches"] = dict(launch_counts)
     Path(request["answer"]).write_text(json.dumps(answer), encoding="utf-8")
     dist.leave(0)
 

@@ -135,7 +135,7 @@ def test_ngrams_by_hand() -> None:
         (5, 7, 1, 1, [5, 7, 5, 0], 2),
         (6, 8, 0, 0, [8, 6, 0, 0], 1),
     ]:
-        score = counts.score([ids], [[place, 3]], [[word, -100]])
+        score = counts.score([ids], [0], [place], [word])
         assert score.count == 1, left
         assert score.unigram == pytest.approx(-math.log(p[word]))
         assert score.bigram == pytest.approx(-math.log((pairs + p[word]) / (follows + 1)))
@@ -144,8 +144,8 @@ def test_ngrams_by_hand() -> None:
 def test_the_left_neighbour_is_the_true_one() -> None:
     counts = NgramEntropy(10)
     counts.add([[5, 6, 7]])
-    clean = counts.score([[5, 6, 7]], [[1, 2]], [[6, 7]])
-    masked = counts.score([[5, 1, 1]], [[1, 2]], [[6, 7]])
+    clean = counts.score([[5, 6, 7]], [0, 0], [1, 2], [6, 7])
+    masked = counts.score([[5, 1, 1]], [0, 0], [1, 2], [6, 7])
     assert clean == masked
 
 
@@ -153,16 +153,17 @@ def test_counting_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 40, size=(60, 12))
     ids[np.arange(12) >= rng.integers(1, 13, size=(60, 1))] = 0
-    place = np.zeros((60, 1), np.int64)
+    text, place = np.arange(60), np.zeros(60, np.int64)
     whole = NgramEntropy(40)
     whole.add(torch.from_numpy(ids))
     monkeypatch.setattr("mnemos.engine.baselines._PENDING", 20)
     parts = NgramEntropy(40)
     for row in ids:
         parts.add(row[None])
-    first = whole.score(ids, place, ids[:, :1])
-    assert parts.score(ids, place, ids[:, :1]) == first
-    halves = whole.score(ids[:30], place[:30], ids[:30, :1]) + whole.score(ids[30:], place[30:], ids[30:, :1])
+    first = whole.score(ids, text, place, ids[:, 0])
+    assert parts.score(ids, text, place, ids[:, 0]) == first
+    halves = [whole.score(part, text[:30], place[:30], part[:, 0]) for part in (ids[:30], ids[30:])]
+    halves = halves[0] + halves[1]
     assert (halves.count, halves.unigram, halves.bigram) == pytest.approx((60, first.unigram, first.bigram))
     assert NgramScore() + first == first
 
@@ -171,6 +172,6 @@ def test_probabilities_of_all_words_sum_to_one() -> None:
     counts = NgramEntropy(12)
     counts.add(np.random.default_rng(1).integers(3, 12, size=(5, 6)))
     for left in (3, 8, 2):
-        scores = [counts.score([[left, 1]], [[1]], [[word]]) for word in range(12)]
+        scores = [counts.score([[left, 1]], [0], [1], [word]) for word in range(12)]
         assert sum(math.exp(-score.bigram) for score in scores) == pytest.approx(1)
         assert sum(math.exp(-score.unigram) for score in scores) == pytest.approx(1)

@@ -10,11 +10,13 @@ import torch
 from tiny_data import shape_of, tiny_settings
 from torch import Tensor
 
+from mnemos.engine.decoder import DecoderBlock
 from mnemos.engine.encoder import Encoder, EncoderShape, block_parameters, pooled
 from mnemos.engine.objectives import Pretrainer
 from mnemos.engine.positions import interpolate_table, sin_cos_table
 from mnemos.engine.presets import PRESETS
 from mnemos.engine.settings import resolve
+from mnemos.kernels.attention import Packing
 
 MILLIONS = {  # of the blocks
     "sample": 2.67,
@@ -67,17 +69,16 @@ def test_the_official_preset_holds_what_the_published_files_hold() -> None:
 
 
 def test_texts_look_to_the_left_only_in_the_authors_arithmetic(tiny_sets: Path) -> None:
-    ids = torch.randint(3, 200, (1, 9))
+    ids = torch.randint(3, 200, (9,))
     other = ids.clone()
-    other[0, 6:] = ids[0, 6:] + 1
+    other[6:] = ids[6:] + 1
     for official in (False, True):
         torch.manual_seed(0)
         settings = tiny_settings(model__official=official, model__layer_scale=0.5)
         encoder = Encoder(shape_of(settings, tiny_sets)).eval()
-        valid = torch.ones(1, 9, dtype=torch.bool)
-        first, second = encoder.forward_text(ids, valid), encoder.forward_text(other, valid)
-        assert torch.equal(first[:, :6], second[:, :6]) == official
-        assert not torch.equal(first[:, 6:], second[:, 6:])
+        (first,), (second,) = read_texts(encoder, [ids]), read_texts(encoder, [other])
+        assert torch.equal(first[:6], second[:6]) == official
+        assert not torch.equal(first[6:], second[6:])
 
 
 def test_positions_of_the_authors_are_rows_by_patch_number(tiny_sets: Path) -> None:
@@ -135,43 +136,59 @@ def test_samples_do_not_meet(encoder: Encoder) -> None:
 # Texts
 
 
-def test_a_text_does_not_know_its_padding(encoder: Encoder) -> None:
-    lengths = [3, 40, 17, 1]
-    ids_BL = torch.randint(3, encoder.shape.vocab, (4, 40))
-    valid_BL = torch.arange(40) < torch.tensor(lengths)[:, None]
-    whole = encoder.forward_text(ids_BL, valid_BL)
-    other = torch.where(valid_BL, ids_BL, torch.randint(3, encoder.shape.vocab, (4, 40)))
-    noisy = encoder.forward_text(other, valid_BL)
-    for number, length in enumerate(lengths):
-        ids = ids_BL[number : number + 1, :length]
-        alone = encoder.forward_text(ids, torch.ones_like(ids, dtype=torch.bool))
-        torch.testing.assert_close(whole[number, :length], alone[0])
-        torch.testing.assert_close(noisy[number, :length], alone[0])
-        torch.testing.assert_close(pooled(whole, valid_BL)[number], alone[0].mean(dim=0))
+def read_texts(encoder: Encoder, texts: list[Tensor], keep: Tensor | None = None) -> list[Tensor]:
+    """Return the features of each text, read in one packed batch."""
+    lengths = [len(ids) for ids in texts]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    packing = Packing(offsets_B1=bounds.int(), longest=max(lengths))
+    position = torch.cat([torch.arange(length) for length in lengths])
+    features = encoder.forward_text(torch.cat(texts), position, packing, keep)
+    torch.testing.assert_close(
+        pooled(features, packing), torch.stack([part.mean(0) for part in features[0].split(lengths)])
+    )
+    return list(features[0].split(lengths))
+
+
+def test_a_text_does_not_know_the_others(encoder: Encoder) -> None:
+    texts = [torch.randint(3, encoder.shape.vocab, (length,)) for length in (3, 40, 17, 1)]
+    together = read_texts(encoder, texts)
+    for ids, features in zip(texts, together, strict=True):
+        torch.testing.assert_close(features, read_texts(encoder, [ids])[0])
+    others = [texts[0], *(ids.flip(0) for ids in texts[1:])]
+    torch.testing.assert_close(read_texts(encoder, others)[0], together[0])
 
 
 def test_texts_are_read_in_both_directions(encoder: Encoder) -> None:
-    ids = torch.randint(3, encoder.shape.vocab, (1, 12))
-    valid = torch.ones(1, 12, dtype=torch.bool)
-    plain = encoder.forward_text(ids, valid)
+    ids = torch.randint(3, encoder.shape.vocab, (12,))
+    (plain,) = read_texts(encoder, [ids])
     for place in (0, 11):
         changed = ids.clone()
-        changed[0, place] = 3 if ids[0, place] != 3 else 4
-        features = encoder.forward_text(changed, valid)
-        assert (features - plain).abs().amax(dim=2).min() > 1e-6, f"every token sees token {place}"
+        changed[place] = 3 if ids[place] != 3 else 4
+        (features,) = read_texts(encoder, [changed])
+        assert (features - plain).abs().amax(dim=1).min() > 1e-6, f"every token sees token {place}"
 
 
 def test_words_have_places(encoder: Encoder) -> None:
-    ids = torch.tensor([[5, 6, 7, 8]])
-    valid = torch.ones(1, 4, dtype=torch.bool)
-    plain, turned = encoder.forward_text(ids, valid), encoder.forward_text(ids.flip(1), valid)
-    assert (plain - turned.flip(1)).abs().amax(dim=2).min() > 1e-4
+    ids = torch.tensor([5, 6, 7, 8])
+    (plain,), (turned,) = read_texts(encoder, [ids]), read_texts(encoder, [ids.flip(0)])
+    assert (plain - turned.flip(0)).abs().amax(dim=1).min() > 1e-4
+
+
+def test_a_texts_branches_have_their_own_factors(encoder: Encoder) -> None:
+    texts = [torch.randint(3, encoder.shape.vocab, (length,)) for length in (3, 8, 5)]
+    keep = torch.tensor([[1.0, 2.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 2.0, 2.0]])
+    together = read_texts(encoder, texts, keep)
+    for number, ids in enumerate(texts):
+        (alone,) = read_texts(encoder, [ids], keep[number : number + 1])
+        torch.testing.assert_close(together[number], alone)
+    tokens = encoder.tokenizers["text"](texts[1], torch.arange(8))
+    assert torch.equal(together[1], tokens), "nothing was added"
 
 
 def test_an_encoder_without_texts_says_so() -> None:
     encoder = Encoder(shape_of(tiny_settings()))
     with pytest.raises(ValueError, match="without texts"):
-        encoder.forward_text(torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
+        read_texts(encoder, [torch.ones(2, dtype=torch.int64)])
 
 
 # Pooling
@@ -186,11 +203,44 @@ def test_cls_is_left_out_of_pooling() -> None:
     assert pooled(features.bfloat16(), None).dtype == torch.float32
 
 
-def test_padding_is_left_out_of_pooling() -> None:
-    features, valid = torch.randn(2, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]], dtype=torch.bool)
-    loud = torch.where(valid[..., None], features, 1e6)
-    torch.testing.assert_close(pooled(loud, valid)[0], features[0, :2].mean(dim=0))
-    torch.testing.assert_close(pooled(loud, valid)[1], features[1, [0, 2, 3]].mean(dim=0))
+# What a block is made of
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_blocks_compile_as_a_whole(encoder: Encoder, packed: bool) -> None:
+    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    block = encoder.blocks[1].to(device)
+    decoder_block = DecoderBlock(32, 2, "auto").to(device)
+    g = torch.Generator().manual_seed(0)
+    x, branch = (torch.randn(2, 12, 32, generator=g).to(device) for _ in range(2))
+    packing, keep = None, torch.tensor([0.0, 2.0], device=device)
+    if packed:
+        x, branch = x.view(1, 24, 32), branch.view(1, 24, 32)
+        ends = torch.tensor([0, 9, 10, 24], dtype=torch.int32, device=device)
+        packing, keep = Packing(offsets_B1=ends, longest=14), keep.repeat_interleave(12)
+    scale = torch.linspace(0.1, 1.0, 32, device=device)
+
+    def run(x: Tensor, branch: Tensor) -> Tensor:
+        x, branch, scale_2 = block(x, (branch, scale, keep), keep, packing)
+        if not packed:
+            x, branch = decoder_block(x, branch)
+        return (x + branch * scale_2).square().sum()
+
+    found = []
+    for fn in (run, torch.compile(run, fullgraph=True, backend=backend)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, branch)]
+        parameters = list(block.parameters())
+        value = fn(*leaves)
+        found.append([value.detach(), *torch.autograd.grad(value, [*leaves, *parameters])])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_a_convolution(shape: EncoderShape) -> None:
+    """With kernel = stride a convolution is a matrix product that cuDNN may do a thousand times slower."""
+    model = Pretrainer(Encoder(shape), tiny_settings())
+    assert not [name for name, part in model.named_modules() if "Conv" in type(part).__name__]
 
 
 # DropPath and recomputation

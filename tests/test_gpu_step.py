@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,16 @@ def answer(tiny_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_a_step_never_waits_for_the_device(answer: dict[str, Any]) -> None:
     assert len(answer["gpu"]["watched"]) >= 5, "every kind and phase was watched"
     assert answer["gpu"]["waits"] == []
+
+
+def test_a_gpu_runs_every_kernel_and_a_cpu_none(answer: dict[str, Any]) -> None:
+    kernels = Path(TRAIN).parents[1] / "kernels"
+    found = [re.findall(r"launch_counts\[\"(\w+)\"\]", file.read_text()) for file in kernels.rglob("*.py")]
+    names = {name for part in found for name in part}
+    assert len(names) >= 12, names
+    # a step's upstream gradient is 1, and its launch is counted all the same
+    assert set(answer["gpu"]["launches"]) == names
+    assert answer["cpu"]["launches"] == {}
 
 
 def test_the_losses_are_those_of_a_cpu(answer: dict[str, Any]) -> None:

@@ -5,16 +5,18 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_as_accurate_as_eager
+from loss_op import check_loss_op
 from patch_oracle import CASES, REAL_CASES, PatchCase, slice_patches
 from torch import Tensor
 
+from mnemos.kernels._common.launch import launch_counts
 from mnemos.kernels.masked_patch_mse import (
     launch_masked_patch_mse,
     masked_patch_mse,
     masked_patch_mse_reference,
 )
 
-UPSTREAM = 3.0 / 7.0
+FACTOR, UPSTREAM = 29.0 / 64.0, 27.0 / 64.0  # exact in fp32
 
 
 def predictions(case: PatchCase, dtype: torch.dtype) -> Tensor:
@@ -24,7 +26,7 @@ def predictions(case: PatchCase, dtype: torch.dtype) -> Tensor:
 
 
 def by_slices(case: PatchCase, pred: Tensor, flip: bool, at: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient from the definition, computed in `at`."""
+    """Return the weighted loss and its gradient from the definition, computed in `at`."""
     made = case.inputs()
     values = slice_patches(case, made["images"], made["ids"], made["flip"] if flip else None).to(at)
     values = values * made["scale"].to(at)[:, None, None] + made["shift"].to(at)[:, None, None]
@@ -34,7 +36,7 @@ def by_slices(case: PatchCase, pred: Tensor, flip: bool, at: torch.dtype) -> tup
         for m in range(values.shape[1]):
             patch = values[b, m]
             target = (patch - patch.mean()) / (patch.var(unbiased=True) + 1e-6).sqrt()
-            loss = loss + (leaf[b, m].to(at) - target).square().mean()
+            loss = loss + (leaf[b, m].to(at) - target).square().mean() * FACTOR
     (loss * UPSTREAM).backward()
     assert leaf.grad is not None
     return loss.detach(), leaf.grad
@@ -55,10 +57,13 @@ def test_device_code_and_public_function_match_slices(
         *(pred.to(device), made["images"], made["ids"], case.patch, case.channels, made["scale"]),
         made["flip"] if flip else None,
     )
-    loss = launch_masked_patch_mse(*args)
-    grad = launch_masked_patch_mse(*args, torch.tensor(UPSTREAM, device=device))
+    before = launch_counts["masked_patch_mse"]
+    loss, grad = launch_masked_patch_mse(*args, torch.tensor(FACTOR, device=device), True)
+    assert launch_counts["masked_patch_mse"] == before + 1
     assert_as_accurate_as_eager("device code, loss", loss.cpu(), loss_eager, loss_oracle)
-    assert_as_accurate_as_eager("device code, gradient", grad.cpu(), grad_eager, grad_oracle)
+    assert_as_accurate_as_eager("device code, gradient", UPSTREAM * grad.cpu(), grad_eager, grad_oracle)
+    alone, nothing = launch_masked_patch_mse(*args, torch.tensor(FACTOR, device=device), False)
+    assert alone.equal(loss) and nothing.numel() == 0
 
     host = case.inputs()
     leaf = pred.clone().requires_grad_()
@@ -71,6 +76,7 @@ def test_device_code_and_public_function_match_slices(
         scale_B=host["scale"],
         shift_B=host["shift"],
         flip_BA=host["flip"] if flip else None,
+        factor=torch.tensor(FACTOR),
     )
     (loss * UPSTREAM).backward()
     assert leaf.grad is not None
@@ -85,7 +91,7 @@ def test_constant_patch_has_target_zero(value: int, device: torch.device) -> Non
     scale, shift = torch.full((1,), 1 / 1024), torch.zeros(1)
     expected = pred.double().square().mean()
     tensors = (tensor.to(device) for tensor in (pred, images, ids))
-    loss = launch_masked_patch_mse(*tensors, (4, 4, 4), 1, scale.to(device), None)
+    loss, _ = launch_masked_patch_mse(*tensors, (4, 4, 4), 1, scale.to(device), None, None, False)
     torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-6, atol=0)
     loss = masked_patch_mse(pred, images, ids, patch=(4, 4, 4), channels=1, scale_B=scale, shift_B=shift)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
@@ -103,7 +109,7 @@ def test_a_step_of_one_unit_far_from_zero_keeps_its_digits(device: torch.device)
     upstream = torch.tensor(1920.0)  # makes the gradient prediction - target
 
     tensors = [tensor.to(device) for tensor in (pred.detach(), images, ids, scale, upstream)]
-    grad = launch_masked_patch_mse(*tensors[:3], patch, 1, tensors[3], None, tensors[4])
+    _, grad = launch_masked_patch_mse(*tensors[:3], patch, 1, tensors[3], None, tensors[4], True)
     torch.testing.assert_close(grad.cpu().double().flatten(), -target, rtol=1e-5, atol=0)
     loss = masked_patch_mse(pred, images, ids, patch=patch, channels=1, scale_B=scale, shift_B=scale)
     (grad,) = torch.autograd.grad(loss, pred, upstream)
@@ -116,7 +122,7 @@ def test_patches_not_asked_for_do_not_leak(device: torch.device) -> None:
     args = (torch.zeros(1, 1, 16), images, torch.tensor([[1]]))
     ones = torch.ones(1)
     on_device = (tensor.to(device) for tensor in args)
-    loss = launch_masked_patch_mse(*on_device, (4, 4), 1, ones.to(device), None)
+    loss, _ = launch_masked_patch_mse(*on_device, (4, 4), 1, ones.to(device), None, None, False)
     torch.testing.assert_close(loss.cpu(), torch.tensor(15 / 16))
     loss = masked_patch_mse(*args, patch=(4, 4), channels=1, scale_B=ones, shift_B=ones)
     torch.testing.assert_close(loss, torch.tensor(15 / 16))
@@ -127,8 +133,8 @@ def test_registered_as_a_custom_op(dtype: torch.dtype) -> None:
     case = PatchCase(image=(2, 1, 4, 8), patch=(4, 4), channels=3, num_ids=1)
     made = case.inputs()
     pred = predictions(case, dtype).requires_grad_()
-    args = (pred, made["images"], made["ids"], case.patch, 3, made["scale"], made["flip"])
-    torch.library.opcheck(torch.ops.mnemos.masked_patch_mse, args)
+    args = (pred, made["images"], made["ids"], case.patch, 3, made["scale"], made["flip"], None, True)
+    check_loss_op(torch.ops.mnemos.masked_patch_mse, args)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
@@ -164,13 +170,16 @@ def test_cuda_path_on_real_shapes(case: PatchCase, flip: bool, dtype: torch.dtyp
     mirror = made["flip"] if flip else None
     shared = (made["images"], made["ids"], case.patch, case.channels, made["scale"], mirror)
 
+    factor = torch.tensor(FACTOR, device="cuda")
+
     def by_reference(at: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = pred.to(at, copy=True).requires_grad_()
-        loss = masked_patch_mse_reference(leaf, *shared)
+        loss = masked_patch_mse_reference(leaf, *shared, factor=factor)
         (grad,) = torch.autograd.grad(loss * UPSTREAM, leaf)
         return loss.detach(), grad
 
     leaf = pred.clone().requires_grad_()
+    before = launch_counts["masked_patch_mse"]
     loss = masked_patch_mse(
         leaf,
         *shared[:2],
@@ -179,10 +188,12 @@ def test_cuda_path_on_real_shapes(case: PatchCase, flip: bool, dtype: torch.dtyp
         scale_B=made["scale"],
         shift_B=made["shift"],
         flip_BA=mirror,
+        factor=factor,
     )
+    assert launch_counts["masked_patch_mse"] == before + 1
     (grad,) = torch.autograd.grad(loss * UPSTREAM, leaf)
     for name, *results in zip(
         ("loss", "grad"), (loss.detach(), grad), by_reference(dtype), by_reference(torch.float64), strict=True
     ):
         assert_as_accurate_as_eager(name, *results)
-    torch.library.opcheck(torch.ops.mnemos.masked_patch_mse, (leaf, *shared))
+    check_loss_op(torch.ops.mnemos.masked_patch_mse, (leaf, *shared, factor, True))

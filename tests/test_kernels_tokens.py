@@ -1,13 +1,11 @@
-"""gather_tokens, assemble_decoder_tokens and feature_mse against loops."""
+"""feature_mse against loops."""
 
 import pytest
 import torch
 from compare import assert_as_accurate_as_eager
 from torch import Tensor
 
-from mnemos.kernels.assemble_decoder_tokens import assemble_decoder_tokens
 from mnemos.kernels.feature_mse import feature_mse
-from mnemos.kernels.gather_tokens import gather_tokens
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SHAPES = pytest.mark.parametrize(
@@ -27,92 +25,6 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def some_ids(B: int, L: int, K: int) -> Tensor:
     return torch.rand(B, L, generator=torch.Generator().manual_seed(3)).argsort(1)[:, :K].sort(1).values
-
-
-# ---- gather_tokens
-@DTYPES
-@SHAPES
-def test_gather_tokens_copies_rows_and_their_gradients(
-    B: int, L: int, K: int, D: int, dtype: torch.dtype
-) -> None:
-    x, grad, ids = randn(0, B, L, D, dtype=dtype), randn(1, B, K, D, dtype=dtype), some_ids(B, L, K)
-    leaf = x.clone().requires_grad_()
-    out = gather_tokens(leaf, ids)
-    out.backward(grad)
-    expected = torch.zeros_like(x)
-    for b in range(B):
-        for k in range(K):
-            assert out[b, k].equal(x[b, ids[b, k]])
-            expected[b, ids[b, k]] = grad[b, k]
-    assert leaf.grad is not None and leaf.grad.equal(expected)
-
-
-def test_gather_tokens_reads_nothing_else_and_takes_any_strides() -> None:
-    x = torch.full((4, 2, 3), torch.nan).transpose(0, 1)
-    x[:, 2] = 1.0
-    assert gather_tokens(x, torch.tensor([[2], [2]])).eq(1.0).all()
-
-
-def test_gather_tokens_gradient_is_that_of_its_output() -> None:
-    leaf = randn(0, 2, 5, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: gather_tokens(x, some_ids(2, 5, 2)), (leaf,))
-
-
-def test_gather_tokens_names_the_shapes() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 5, 3\).*\(3, 2\)"):
-        gather_tokens(torch.zeros(2, 5, 3), torch.zeros(3, 2, dtype=torch.int64))
-
-
-# ---- assemble_decoder_tokens
-def assembled_by_loop(tokens: Tensor, mask: Tensor, positions: Tensor, ids: Tensor, prefix: int) -> Tensor:
-    rows = []
-    for b in range(len(ids)):
-        visible = {prefix + place: prefix + k for k, place in enumerate(ids[b].tolist())}
-        visible.update({i: i for i in range(prefix)})
-        for place in range(len(positions)):
-            rows.append((tokens[b, visible[place]] if place in visible else mask) + positions[place])
-    return torch.stack(rows).view(len(ids), *positions.shape)
-
-
-@DTYPES
-@pytest.mark.parametrize("prefix", [0, 1, 2])
-@SHAPES
-def test_assemble_matches_a_loop(B: int, L: int, K: int, D: int, prefix: int, dtype: torch.dtype) -> None:
-    ids = some_ids(B, L, K)
-    made = [
-        randn(seed, *shape, dtype=dtype)
-        for seed, shape in enumerate([(B, prefix + K, D), (D,), (prefix + L, D)])
-    ]
-    grad = randn(9, B, prefix + L, D, dtype=dtype)
-
-    def run(ours: bool, at: torch.dtype) -> list[Tensor]:
-        leaves = [tensor.to(at, copy=True).requires_grad_() for tensor in made]
-        if ours:
-            out = assemble_decoder_tokens(*leaves, ids, num_prefix=prefix)
-        else:
-            out = assembled_by_loop(*leaves, ids, prefix)
-        grads = torch.autograd.grad(out, leaves, grad.to(at), allow_unused=True, materialize_grads=True)
-        return [out.detach(), *grads]
-
-    names = ("out", "grad tokens", "grad mask token", "grad positions")
-    for name, *results in zip(
-        names, run(True, dtype), run(False, dtype), run(False, torch.float64), strict=True
-    ):
-        assert_as_accurate_as_eager(name, *results)
-
-
-def test_assemble_keeps_the_type_of_the_tokens() -> None:
-    out = assemble_decoder_tokens(
-        torch.ones(1, 2, 4, dtype=torch.bfloat16), torch.ones(4), torch.ones(4, 4), torch.tensor([[1]])
-    )
-    assert out.dtype == torch.bfloat16
-
-
-def test_assemble_names_the_shapes() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 3, 4\).*\(1, 1\).*\[B, 1 \+ K, D\]"):
-        assemble_decoder_tokens(
-            torch.ones(1, 3, 4), torch.ones(4), torch.ones(4, 4), torch.ones(1, 1, dtype=torch.int64)
-        )
 
 
 # ---- feature_mse

@@ -1,6 +1,6 @@
 """What a step computes: masks, mixtures and losses, the same on any number of ranks and micro-batches.
 
-Shape suffixes: B samples, L positions, K visible, M masked, S places kept for scored words.
+Shape suffixes: B samples, L positions, T tokens of a packed batch, K visible, M masked, S scored words.
 """
 
 from dataclasses import fields, replace
@@ -13,28 +13,22 @@ import torch
 from tiny_data import shape_of, tiny_settings
 from torch import Tensor
 
-from mnemos.engine.encoder import Encoder
-from mnemos.engine.objectives import (
-    SCORED_SHARE,
+from mnemos.engine.encoder import Encoder, patch_edges
+from mnemos.engine.objectives import Pretrainer, encode, local_count, visible_patches
+from mnemos.engine.patches import all_patches, patch_statistics
+from mnemos.engine.preparing import (
     ImageRows,
     Phase,
     Preparer,
-    Pretrainer,
-    RawImages,
-    RawTexts,
     Rows,
+    TextBatch,
     TextRows,
-    encode,
-    local_count,
+    TextsReady,
     next_partner,
-    patch_edges,
-    visible_patches,
 )
-from mnemos.engine.patches import all_patches, patch_statistics
 from mnemos.engine.settings import Settings
-from mnemos.sharding.manifest import Manifest, load_manifest
 from mnemos.sharding.reader import ShardSet
-from mnemos.sharding.stream import Request, read_batch
+from mnemos.sharding.stream import RawBatch, Request, read_batch, stream
 from mnemos.sharding.tokenizer import MASK, PAD, SPECIAL_TOKENS, load_tokenizer, starts_word
 
 NAMES = ("report", "xray", "ct", "pathology")
@@ -51,22 +45,19 @@ class Bench:
         self.starts_word_V = torch.from_numpy(starts_word(load_tokenizer(sets / "report" / "tokenizer.json")))
         self.preparer = Preparer(self.settings, self.shape, self.starts_word_V, stream="test")
 
-    def raw(self, samples: list[int], places: list[int] | None = None) -> RawImages | RawTexts:
+    def raw(self, samples: list[int], places: list[int] | None = None) -> RawBatch:
         request = Request(
             step=0,
             member=0,
             samples=np.array(samples),
             places=np.array(places if places else samples, dtype=np.int64),
         )
-        raw = read_batch([self.shards], request)
-        if self.shards.manifest.kind == "text":
-            return RawTexts(ids_BL=raw.data, place_B=raw.place_B)
-        return RawImages(images=raw.data, scale_B=raw.scale_B, shift_B=raw.shift_B, place_B=raw.place_B)
+        return read_batch([self.shards], request)
 
-    def rows(self, raw: RawImages | RawTexts, phase: Phase = "pretext", training: bool = True) -> Rows:
+    def rows(self, raw: RawBatch, phase: Phase = "pretext", training: bool = True) -> Rows:
         manifest = self.shards.manifest
-        if isinstance(raw, RawTexts):
-            return self.preparer.texts(manifest, raw, phase=phase, training=training)
+        if manifest.kind == "text":
+            return self.preparer.texts(raw, phase=phase, training=training)
         return self.preparer.images(manifest, raw, phase=phase, training=training)
 
     def model(self) -> Pretrainer:
@@ -114,31 +105,12 @@ def test_visible_and_masked_patches_are_a_partition(tiny_sets: Path, name: str, 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_and_its_halves_are_prepared_alike(tiny_sets: Path, name: str, phase: Phase) -> None:
-    bench = Bench(tiny_sets, name, tiny_settings(training__word_ratio=0.6))  # many words: the cap is reached
+    bench = Bench(tiny_sets, name)
     samples, places = [3, 17, 5, 5, 0, 29, 11, 8], [56, 57, 58, 59, 60, 61, 62, 63]
     whole = bench.rows(bench.raw(samples, places), phase)
     for half in (slice(0, 4), slice(4, 8)):
         part = bench.rows(bench.raw(samples[half], places[half]), phase)  # as another rank reads it
-        cut = whole.rows(half.start, half.stop)
-        if isinstance(part, TextRows):  # a rank pads to its own longest text
-            part, cut = _as_lists(part), _as_lists(cut)
-            assert part == cut
-        else:
-            same(part, cut)
-
-
-def _as_lists(rows: TextRows) -> list[tuple[list[int], list[int], list[tuple[int, int]], list[float]]]:
-    """Return ids and places of the real tokens, and what is scored, sample by sample."""
-    found = []
-    for number in range(rows.num_samples):
-        valid = rows.valid_BL[number]
-        scored: list[tuple[int, int]] = []
-        if rows.scored_BS is not None and rows.labels_BS is not None:
-            pairs = zip(rows.scored_BS[number].tolist(), rows.labels_BS[number].tolist(), strict=True)
-            scored = [pair for pair in pairs if pair[1] != -100]
-        keep = rows.keep[number].tolist() if rows.keep is not None else []
-        found.append((rows.ids_BL[number][valid].tolist(), valid.nonzero()[:, 0].tolist(), scored, keep))
-    return found
+        same(part, whole.rows(half.start, half.stop))
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -164,12 +136,12 @@ def test_the_image_loss_is_its_definition(tiny_sets: Path, name: str) -> None:
     model = bench.model()
     raw = bench.raw(list(range(4)))
     rows = bench.rows(raw, training=False)
-    assert isinstance(rows, ImageRows) and isinstance(raw, RawImages)
+    assert isinstance(rows, ImageRows)
     patches = visible_patches(bench.shape, rows, torch.float32)
     predicted_BMP = model.predict(rows, encode(model.encoder, rows, patches))
     patch, channels = patch_edges(bench.shape, rows.kind)
     values_BLP = all_patches(
-        raw.images, patch=patch, channels=channels, scale_B=raw.scale_B, shift_B=raw.shift_B
+        raw.data, patch=patch, channels=channels, scale_B=raw.scale_B, shift_B=raw.shift_B
     )
     mean, deviation = patch_statistics(values_BLP)
     target_BLP = (values_BLP - mean) / deviation
@@ -200,16 +172,21 @@ def test_distillation_starts_at_exactly_zero(tiny_sets: Path, name: str) -> None
     assert student(replace(rows, keep=None), patches, other).item() > 0.0
 
 
-def test_padding_and_holes_are_not_distilled(tiny_sets: Path) -> None:
-    bench = Bench(tiny_sets, "report")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_token_is_distilled_and_the_factor_scales(tiny_sets: Path, name: str) -> None:
+    bench = Bench(tiny_sets, name)
     student = bench.model()
     rows = bench.rows(bench.raw(list(range(8))), "rehearsal")
-    assert isinstance(rows, TextRows) and not rows.valid_BL.all()
-    target = torch.randn(*rows.ids_BL.shape, bench.shape.width)
-    features = encode(student.encoder, rows, None)
-    expected = (features - target).square().mean(dim=2)[rows.valid_BL].sum()
-    torch.testing.assert_close(student(rows, None, target), expected)
-    assert local_count(rows, "rehearsal") == int(rows.valid_BL.sum())
+    patches = None if isinstance(rows, TextRows) else visible_patches(bench.shape, rows, torch.float32)
+    features = encode(student.encoder, rows, patches)
+    target = torch.randn(features.shape)
+    expected = (features - target).square().mean(dim=2).sum()
+    torch.testing.assert_close(student(rows, patches, target), expected)
+    factor = torch.tensor(0.25)
+    torch.testing.assert_close(student(rows, patches, target, factor), expected * 0.25)
+    if isinstance(rows, ImageRows):
+        torch.testing.assert_close(student(rows, patches, None, factor), student(rows, patches) * 0.25)
+    assert local_count(rows, "rehearsal") == features.shape[0] * features.shape[1]
 
 
 # Training against validation
@@ -225,12 +202,12 @@ def test_validation_neither_crops_nor_drops(tiny_sets: Path, name: str) -> None:
     trained = bench.rows(raw, training=True)
     assert trained.keep is not None and trained.keep.shape == (8, 2 * bench.shape.depth)
     if isinstance(rows, ImageRows) and isinstance(trained, ImageRows):
-        assert torch.equal(rows.images, raw.images) and rows.flip_BA is None
+        assert torch.equal(rows.images, raw.data) and rows.flip_BA is None
         assert rows.partner_B is None and rows.weight_B is None
         if bench.shards.manifest.augment == "crop":
-            assert not torch.equal(trained.images, raw.images) and trained.flip_BA is None
+            assert not torch.equal(trained.images, raw.data) and trained.flip_BA is None
         else:
-            assert torch.equal(trained.images, raw.images) and trained.flip_BA is not None
+            assert torch.equal(trained.images, raw.data) and trained.flip_BA is not None
             assert trained.flip_BA.any()
 
 
@@ -239,7 +216,7 @@ def test_rehearsed_images_are_mixed_but_not_cropped(tiny_sets: Path) -> None:
     raw = bench.raw(list(range(32)))
     rows = bench.rows(raw, "rehearsal")
     assert isinstance(rows, ImageRows) and rows.partner_B is not None and rows.weight_B is not None
-    assert torch.equal(rows.images, raw.images) and rows.flip_BA is None
+    assert torch.equal(rows.images, raw.data) and rows.flip_BA is None
     for run in range(0, 32, 4):
         assert sorted(rows.partner_B[run : run + 4].tolist()) == list(range(run, run + 4)), (
             "within runs of mix_group"
@@ -269,7 +246,6 @@ def test_the_control_shows_patches_of_another_sample(tiny_sets: Path) -> None:
         rows = bench.rows(raw, training=False)
         assert isinstance(rows, ImageRows) and rows.partner_B is not None
         others = bench.raw([samples[partner] for partner in rows.partner_B.tolist()], samples)
-        assert isinstance(others, RawImages)
         honest = Bench(tiny_sets, "xray").rows(others, training=False)
         assert isinstance(honest, ImageRows)
         shown = visible_patches(bench.shape, rows, torch.float32)
@@ -291,58 +267,74 @@ def words_of(bench: Bench, ids: list[int]) -> list[list[int]]:
     return [[position for _, position in group] for _, group in groupby(words, key=lambda pair: pair[0])]
 
 
-def masked(tiny_sets: Path, ratio: float) -> tuple[Bench, RawTexts, TextRows, Tensor]:
-    """Return 1,600 masked texts and bool [B, L], True where a word is scored."""
+def unpacked(rows: TextRows, width: int, values: Tensor | None = None, empty: int = PAD) -> Tensor:
+    """Return [B, width]: ids (or `values`) of the packed tokens at their positions, `empty` elsewhere."""
+    out = torch.full((rows.num_samples, width), empty)
+    for number in range(rows.num_samples):
+        part = slice(*rows.bounds[number : number + 2])
+        out[number, rows.position_T[part]] = (rows.ids_T if values is None else values)[part]
+    return out
+
+
+def masked(tiny_sets: Path, ratio: float) -> tuple[Bench, Tensor, TextRows, Tensor]:
+    """Return 1,600 masked texts, their ids before, and bool [B, L], True where a word is scored."""
     bench = Bench(tiny_sets, "report", tiny_settings(training__word_ratio=ratio))
     raw = bench.raw(list(range(32)) * 50, list(range(1600)))
     rows = bench.rows(raw)
-    assert isinstance(raw, RawTexts) and isinstance(rows, TextRows)
-    assert rows.scored_BS is not None and rows.labels_BS is not None
-    real_BS = rows.labels_BS != -100
-    scored_BL = torch.zeros_like(rows.valid_BL)
-    scored_BL[torch.arange(1600)[:, None].expand_as(real_BS)[real_BS], rows.scored_BS[real_BS]] = True
-    assert int(scored_BL.sum()) == int(real_BS.sum()), "no position is scored twice"
-    return bench, raw, rows, scored_BL
+    assert isinstance(rows, TextRows) and rows.scored_S is not None
+    assert rows.scored_S.unique().numel() == rows.scored_S.numel(), "no position is scored twice"
+    scored_T = torch.zeros_like(rows.ids_T)
+    scored_T[rows.scored_S] = 1
+    return bench, raw.data, rows, unpacked(rows, raw.data.shape[1], scored_T, empty=0).bool()
+
+
+def test_texts_are_packed_without_padding(tiny_sets: Path) -> None:
+    bench = Bench(tiny_sets, "report")
+    raw = bench.raw(list(range(32)))
+    lengths = (raw.data != PAD).sum(1)
+    assert lengths.min() < lengths.max()
+    rows = bench.rows(raw, training=False)
+    assert isinstance(rows, TextRows)
+    assert len(rows.ids_T) == len(rows.position_T) == int(lengths.sum())
+    assert rows.offsets_B1.dtype == torch.int32 and tuple(rows.offsets_B1.tolist()) == rows.bounds
+    assert rows.offsets_B1.diff().equal(lengths.int()) and rows.packing.longest == int(lengths.max())
+    assert torch.cat([torch.arange(length) for length in lengths.tolist()]).equal(rows.position_T)
+    part = rows.rows(3, 9)
+    assert part.packing.longest == int(lengths[3:9].max()) and part.bounds[0] == part.scored_bounds[0] == 0
 
 
 def test_words_are_masked_whole(tiny_sets: Path) -> None:
-    bench, raw, rows, scored_BL = masked(tiny_sets, 0.15)
+    bench, ids_BL, rows, scored_BL = masked(tiny_sets, 0.15)
     num_words = num_scored = pieces = 0
-    most = rows.labels_BS.shape[1] if rows.labels_BS is not None else 0
     for number in range(1600):
-        if int(scored_BL[number].sum()) == most:
-            continue  # the cap may have cut its last word: see below
-        ids = raw.ids_BL[number][raw.ids_BL[number] != PAD].tolist()
+        ids = ids_BL[number][ids_BL[number] != PAD].tolist()
         words = words_of(bench, ids)
         scored = [sum(scored_BL[number, word].tolist()) for word in words]
         assert all(count in (0, len(word)) for count, word in zip(scored, words, strict=True)), (
             "part of a word"
         )
         assert sum(scored) > 0, "nothing to learn from this text"
+        assert sum(scored) == rows.scored_bounds[number + 1] - rows.scored_bounds[number]
         num_words += len(words)
         num_scored += sum(count > 0 for count in scored)
         pieces += sum(len(word) > 1 for word in words)
     assert pieces > 1000, "the texts must have words of several pieces"
     assert num_scored / num_words == pytest.approx(0.15, abs=0.01)
-    assert not (scored_BL & ~rows.valid_BL).any()
-    assert torch.equal(rows.valid_BL, raw.ids_BL != PAD)
+    assert not (scored_BL & (ids_BL == PAD)).any()
 
 
 def test_labels_are_the_words_that_stood_there(tiny_sets: Path) -> None:
-    _, raw, rows, scored_BL = masked(tiny_sets, 0.15)
-    assert rows.scored_BS is not None and rows.labels_BS is not None
-    real_BS = rows.labels_BS != -100
-    assert torch.equal(raw.ids_BL.gather(1, rows.scored_BS)[real_BS], rows.labels_BS[real_BS])
-    assert torch.equal(rows.ids_BL[~scored_BL], raw.ids_BL[~scored_BL]), (
-        "what is not scored is shown as it is"
-    )
-    assert int(local_count(rows, "pretext")) == int(scored_BL.sum())
-    assert int(local_count(rows, "rehearsal")) == int((raw.ids_BL != PAD).sum())
+    _, ids_BL, rows, scored_BL = masked(tiny_sets, 0.15)
+    shown_BL = unpacked(rows, ids_BL.shape[1])
+    assert rows.labels_S is not None and rows.labels_S.equal(ids_BL[scored_BL])
+    assert torch.equal(shown_BL[~scored_BL], ids_BL[~scored_BL]), "what is not scored is shown as it is"
+    assert local_count(rows, "pretext") == int(scored_BL.sum())
+    assert local_count(rows, "rehearsal") == int((ids_BL != PAD).sum())
 
 
 def test_scored_words_are_hidden_replaced_or_kept(tiny_sets: Path) -> None:
-    bench, raw, rows, scored_BL = masked(tiny_sets, 0.15)
-    before, after = raw.ids_BL[scored_BL], rows.ids_BL[scored_BL]
+    bench, ids_BL, rows, scored_BL = masked(tiny_sets, 0.15)
+    before, after = ids_BL[scored_BL], unpacked(rows, ids_BL.shape[1])[scored_BL]
     assert len(before) > 5000
     hidden, kept = after == MASK, after == before
     assert float(hidden.float().mean()) == pytest.approx(0.8, abs=0.015)
@@ -352,28 +344,15 @@ def test_scored_words_are_hidden_replaced_or_kept(tiny_sets: Path) -> None:
     assert random.unique().numel() > 0.6 * len(bench.starts_word_V), "drawn from the whole vocabulary"
 
 
-def test_too_many_scored_words_are_cut_at_the_places_kept_for_them(tiny_sets: Path) -> None:
-    bench, raw, rows, scored_BL = masked(tiny_sets, 0.9)
-    most = int(np.ceil(SCORED_SHARE * bench.shards.manifest.shape[0]))
-    assert rows.scored_BS is not None and rows.scored_BS.shape == (1600, most)
-    assert int(scored_BL.sum(dim=1).max()) == most
-    cut = 0
-    for number in range(200):
-        ids = raw.ids_BL[number][raw.ids_BL[number] != PAD].tolist()
-        parts = [
-            word for word in words_of(bench, ids) if 0 < sum(scored_BL[number, word].tolist()) < len(word)
-        ]
-        assert len(parts) <= 1, "only the word at the cap is cut"
-        cut += len(parts)
-    assert cut > 0
-
-
-def coded_texts(lengths: list[int], places: list[int], width: int = 64) -> RawTexts:
+def coded_texts(lengths: list[int], places: list[int], width: int = 64) -> RawBatch:
     """Return texts whose every token tells its row: 10 + row."""
     ids_BL = torch.full((len(lengths), width), PAD)
     for row, length in enumerate(lengths):
         ids_BL[row, :length] = 10 + row
-    return RawTexts(ids_BL=ids_BL, place_B=torch.tensor(places))
+    ones = torch.ones(len(lengths))
+    return RawBatch(
+        step=0, member=0, data=ids_BL, scale_B=ones, shift_B=ones, place_B=torch.tensor(places)
+    )
 
 
 def test_mixed_texts_keep_places_and_drop_the_chosen_padding(tiny_sets: Path) -> None:
@@ -383,12 +362,15 @@ def test_mixed_texts_keep_places_and_drop_the_chosen_padding(tiny_sets: Path) ->
     for step in range(20):
         raw = coded_texts(lengths, list(range(8 * step, 8 * step + 8)))
         rows = bench.rows(raw, "rehearsal")
-        assert isinstance(rows, TextRows) and rows.scored_BS is None and rows.labels_BS is None
+        assert isinstance(rows, TextRows) and rows.scored_S is None and rows.labels_S is None
+        assert (rows.ids_T != PAD).all(), "nothing but tokens"
+        ids_BL = unpacked(rows, 64)
         for row in range(8):
-            ids, valid = rows.ids_BL[row], rows.valid_BL[row]
+            ids, valid = ids_BL[row], ids_BL[row] != PAD
             sources = {int(token) - 10 for token in ids[valid]}
             assert len(sources) <= 2 and all(source // 4 == row // 4 for source in sources)
-            assert torch.equal(valid, ids != PAD)
+            begin, end = rows.bounds[row : row + 2]
+            assert rows.position_T[begin:end].equal(valid.nonzero()[:, 0]), "in order, each at its place"
             for source in sources:  # a kept token stands where it stood in its source
                 assert int((ids == 10 + source).nonzero().max()) < lengths[source]
             last = int(valid.nonzero().max())
@@ -403,8 +385,9 @@ def test_one_share_for_the_whole_batch(tiny_sets: Path) -> None:
     for step in range(30):
         raw = coded_texts([64] * 8, list(range(8 * step, 8 * step + 8)))
         rows = bench.rows(raw, "rehearsal")
-        mixed = [row for row in range(8) if rows.ids_BL[row].unique().numel() == 2]
-        own = [float((rows.ids_BL[row] == 10 + row).float().mean()) for row in mixed]
+        ids_BL = unpacked(rows, 64)
+        mixed = [row for row in range(8) if ids_BL[row].unique().numel() == 2]
+        own = [float((ids_BL[row] == 10 + row).float().mean()) for row in mixed]
         if own:
             shares.append(np.mean(own))
             assert np.std(own) < 0.15, "64 draws with one chance scatter by 0.06"
@@ -413,12 +396,27 @@ def test_one_share_for_the_whole_batch(tiny_sets: Path) -> None:
 
 def test_short_texts_of_one_token_are_scored_and_mixed(tiny_sets: Path) -> None:
     bench = Bench(tiny_sets, "report")
-    manifest: Manifest = load_manifest(tiny_sets / "report")
     raw = coded_texts([1, 1, 2, 1], [0, 1, 2, 3], width=2)
-    rows = bench.preparer.texts(manifest, raw, phase="pretext", training=True)
-    assert rows.scored_BS is not None and rows.scored_BS.shape == (4, 2)
-    assert ((rows.labels_BS != -100).sum(dim=1) >= 1).all()
+    rows = bench.preparer.texts(raw, phase="pretext", training=True)
+    assert all(end > begin for begin, end in zip(rows.scored_bounds, rows.scored_bounds[1:], strict=False))
     model = bench.model()
     assert torch.isfinite(model(rows))
-    mixed = bench.preparer.texts(manifest, raw, phase="rehearsal", training=True)
-    assert torch.isfinite(encode(model.encoder, mixed, None)[mixed.valid_BL]).all()
+    mixed = bench.preparer.texts(raw, phase="rehearsal", training=True)
+    assert torch.isfinite(encode(model.encoder, mixed, None)).all()
+
+
+def _two_batches() -> list[Request]:
+    numbers = np.arange(8)
+    return [Request(step=step, member=0, samples=numbers, places=numbers + 8 * step) for step in (0, 1)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_texts_are_made_ready_where_they_are_read(tiny_sets: Path, workers: int) -> None:
+    bench = Bench(tiny_sets, "report")
+    ready = TextsReady(preparers=[bench.preparer], kinds=["text"], phases=["pretext"])
+    found = list(stream([bench.shards], _two_batches, ready=ready, workers=workers, pin=False))
+    assert [batch.step for batch in found] == [0, 1]
+    for batch in found:
+        assert isinstance(batch, TextBatch)
+        places = [int(place) for place in range(8 * batch.step, 8 * batch.step + 8)]
+        same(batch.rows, bench.rows(bench.raw(list(range(8)), places)))

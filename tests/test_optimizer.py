@@ -8,8 +8,9 @@ from test_objectives import Bench
 from tiny_data import tiny_settings
 from torch import Tensor
 
-from mnemos.engine.objectives import Phase, Pretrainer
+from mnemos.engine.objectives import Pretrainer
 from mnemos.engine.optimizer import PartAdamW, active_parts, parameter_groups, part_of
+from mnemos.engine.preparing import Phase
 
 STEPS: list[tuple[str, Phase]] = [
     ("report", "pretext"),
