@@ -1,14 +1,14 @@
-"""Attention: every backend that can run on this machine at the shapes of the presets, and the table "auto" looks them up in.
+"""Attention at the shapes of the presets: every backend that runs on this machine, and the table "auto" reads.
 
     python bench/attention.py                 measure and print
     python bench/attention.py --write         also store the winners of this device in kernels/attention_table.json
     python bench/attention.py --threads 1     CPU threads; all cores unless given
 
-Microseconds of forward and backward from one packed projection to its gradient, and the ratio to the best of the row.
-Several sweeps over all rows, backends interleaved; of each sweep the median, of the medians the lowest: other work on the
-machine only ever adds. On a GPU the L2 is cold and the launches are queued beforehand. A backend whose output or gradient
-is further from the formula in fp64 than four times the formula in the same dtype is not timed, prints WRONG, and the exit
-code is 1. "-": the backend does not take such a call, or its package is not installed.
+Microseconds of forward and backward from one packed projection to its gradient, and the ratio to the best of the
+row. Several sweeps over all rows, backends interleaved; of each sweep the median, of the medians the lowest: other
+work on the machine only ever adds. On a GPU the L2 is cold and the launches are queued beforehand. A backend whose
+output or gradient is further from the formula in fp64 than four times the formula in the same dtype is not timed,
+prints WRONG, and the exit code is 1. "-": the backend does not take such a call, or its package is not installed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ HEAD_START_CYCLES = 2_000_000  # about a millisecond in which the host queues wh
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One call of `attention`; a packed batch draws its lengths around two thirds of `tokens`, the first takes them all."""
+    """One call of `attention`. The lengths of a packed batch lie around two thirds of `tokens`, the first takes all."""
 
     name: str
     tokens: int
@@ -267,9 +267,11 @@ def bench(argv: Sequence[str] | None) -> None:
         cells |= {backend: "WRONG" for *at, backend in wrong if at == [shape, dtype]}
         printed.append({"shape": shape.name, **row, **cells})
         batch = shape.gpu_batch if device.type == "cuda" else shape.cpu_batch
-        us = {backend: round(value) for backend, value in taken.items()}
+        rounded = {backend: round(us) for backend, us in taken.items()}
         winner = next(backend for backend in BACKENDS if taken.get(backend, float("inf")) <= TIE * best)
-        stored.append({**about, **row, "batch": batch, "heads": shape.heads, "backend": winner, "us": us})
+        stored.append(
+            {**about, **row, "batch": batch, "heads": shape.heads, "backend": winner, "us": rounded}
+        )
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     print(format_table(printed, ["shape", *row, *BACKENDS]))
     if given.write:

@@ -83,6 +83,8 @@ class Op:
         bound: what the work counts: "bytes", "flop", or "latency" (bytes, but so few that the launch decides).
         launches: arguments to (what, launch) of its device code.
         rival: name of another function of the same arguments, and the function.
+        compiles_on_cpu: False where torch.compile's C++ is unsound (torch 2.13 multiplies an index past 2**63, undefined
+            there, and overruns its result).
     """
 
     name: str
@@ -95,6 +97,7 @@ class Op:
     wanted: tuple[str, ...] = ()
     bound: Literal["bytes", "flop", "latency"] = "bytes"
     rival: tuple[str, Callable[..., Any]] | None = None
+    compiles_on_cpu: bool = True
 
 
 def size(*tensors: Tensor | None) -> int:
@@ -212,7 +215,7 @@ def sequence_bytes(a: Arguments) -> int:
 
 
 def assemble_launches(a: Arguments) -> Iterator[Launch]:
-    yield "forward", lambda: launch_assemble_decoder_tokens(*a.values(), num_prefix=1)
+    yield "forward", partial(launch_assemble_decoder_tokens, *(*a.values(), 1))
     grad_BLD = a["tokens"].new_empty(len(a["tokens"]), *a["positions"].shape)
     for learned, suffix in ((False, ""), (True, ", positions")):
         launch = launch_assemble_decoder_tokens_backward
@@ -257,8 +260,9 @@ _ENTRIES = (
         reference=partial(random_patch_ids_reference, key=KEY),
         cases={f"base {kind}": inputs.masks(kind) for kind in PATCH},
         work={"forward": lambda a: (1 + a["num_patches"]) * size(a["place"])},
-        launches=lambda a: iter([("forward", lambda: launch_random_patch_ids(*a.values(), key=KEY))]),
+        launches=lambda a: iter([("forward", partial(launch_random_patch_ids, *(*a.values(), KEY)))]),
         bound="latency",
+        compiles_on_cpu=False,
     ),
     Op(
         name="gather_patches",

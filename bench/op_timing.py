@@ -1,4 +1,4 @@
-"""Time one pass of one operation: on a GPU by graph replays, on a CPU by the clock, each time with cold caches.
+"""Time one pass of one operation: on a GPU by graph replays over inputs no cache holds, on a CPU by the clock.
 
 A pass is a factory: called, it does what goes before (the forward of a backward) and returns what is timed.
 """

@@ -4,11 +4,11 @@
     python bench/ops.py --op gather_tokens --passes backward  one operation, one pass
     python bench/ops.py --out bench/results/ops.jsonl         one JSON line a row, appended
 
-An operation whose tests are red, or that differs from its definition on the inputs to be timed, is not timed. Before
-every call caches are cold; compiling is not timed. GB/s counts the least bytes a perfect kernel moves, and stands beside
-the bandwidth of a copy measured in the same run; operations that compute state TFLOP/s instead. On a CPU ours is
-the definition (or a faster form of it) and the batch is small: what is measured there is that the detour through a
-custom operation costs nothing. Exits 1 when something was refused.
+An operation whose tests are red, or that differs from its definition on the inputs to be timed, is not timed. Compiling
+is not timed. GB/s counts the least bytes a perfect kernel moves; operations that compute state TFLOP/s instead. On
+a GPU inputs rotate, so that caches are cold, and the bandwidth of a copy, measured in the same run, stands beside. On a
+CPU ours is the definition, or a faster form of it, and the batch is so small that caches hold it: measured there is
+what the way through a custom operation costs. Exits 1 when something was refused.
 """
 
 import argparse
@@ -127,18 +127,16 @@ def _values(op: Op, function: Callable[..., Any], a: Arguments) -> list[Tensor]:
     return [one.detach() for one in (*outputs, *gradients(outputs, wanted, upstream))]
 
 
-def functions(op: Op, providers: Sequence[str]) -> dict[str, Callable[..., Any]]:
+def functions(op: Op, providers: Sequence[str], device: torch.device) -> dict[str, Callable[..., Any]]:
     """Return what is timed, by provider."""
     torch._dynamo.reset()  # else the shapes of all cases would count as recompilations of one function
 
     def plain(*arguments: Any) -> Any:
         return op.reference(*arguments)
 
-    found: dict[str, Callable[..., Any]] = {
-        "ours": op.ours,
-        "eager": op.reference,
-        "compiled": torch.compile(plain, dynamic=False),
-    }
+    found: dict[str, Callable[..., Any]] = {"ours": op.ours, "eager": op.reference}
+    if device.type == "cuda" or op.compiles_on_cpu:
+        found["compiled"] = torch.compile(plain, dynamic=False)
     if op.rival is not None:
         found[op.rival[0]] = op.rival[1]
     return {name: function for name, function in found.items() if name not in PROVIDERS or name in providers}
@@ -155,7 +153,7 @@ def passes_of(op: Op) -> dict[Pass, Callable[[Arguments], int]]:
 def rows_of_case(
     op: Op, make: Make, dtype: torch.dtype, device: torch.device, given: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """Yield the measurements of one case: pass, provider and what was found."""
+    """Yield the measurements of one case: pass, provider and what was found; or why one could not be made."""
     batch = BATCH if device.type == "cuda" else CPU_BATCH
     torch.manual_seed(0)
     first = make(device, batch, dtype)
@@ -164,18 +162,20 @@ def rows_of_case(
     least = {name: work(first) for name, work in todo.items()}
     touched = sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
     sets = [first, *(make(device, batch, dtype) for _ in range(num_sets(device, touched) - 1))]
-    for provider, function in functions(op, given.providers).items():
+    for provider, function in functions(op, given.providers, device).items():
         for which in todo:
             about = {"pass": which, "provider": provider, "work": least[which], "batch": batch}
             try:
                 timing = measure([factory(op, function, which, a) for a in sets], device)
             except RuntimeError as error:  # out of memory, or a compiler's: the other rows go on
-                raise Refused(f"{provider} {which}: {str(error).strip().splitlines()[0]}") from error
-            yield {**about, "timing": timing}
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                yield {"failed": f"{provider} {which}: {reason}"}
+            else:
+                yield {**about, "timing": timing}
 
 
 def record(op: Op, row: dict[str, Any], copy: float) -> dict[str, Any]:
-    """Return a row's figures as they are written: rates from the least work, shares of the copy."""
+    """Return a row's figures as they are written: rates from the least work; a share of the copy where caches are cold."""
     timing: Timing = row.pop("timing")
     per_s = row.pop("work") / (timing.p50 * 1e-6)
     figures: dict[str, Any] = {
@@ -188,7 +188,8 @@ def record(op: Op, row: dict[str, Any], copy: float) -> dict[str, Any]:
     }
     if op.bound == "flop":
         return {**figures, "tflop_per_s": round(per_s / 1e12, 3)}
-    return {**figures, "gb_per_s": round(per_s / 1e9, 2), "share_of_copy": round(per_s / copy, 4)}
+    share = None if timing.peak_bytes is None else round(per_s / copy, 4)
+    return {**figures, "gb_per_s": round(per_s / 1e9, 2), "share_of_copy": share}
 
 
 def shown(figures: dict[str, Any]) -> dict[str, object]:
@@ -197,6 +198,7 @@ def shown(figures: dict[str, Any]) -> dict[str, object]:
     computes = figures["bound"] == "flop"
     return {
         **figures,
+        "us": f"{figures['us']:.1f}",
         "rate": f"{figures['tflop_per_s']:.2f} TFLOP/s" if computes else f"{figures['gb_per_s']:.1f}",
         "share": None if share is None else f"{100 * share:.0f} %",
         "peak": None if peak is None else f"{peak / 1e6:.1f}",
@@ -241,15 +243,21 @@ def time_all(given: argparse.Namespace, device: torch.device) -> tuple[list[dict
     ]
     for op, case, make, short in tqdm(chosen, desc="cases", unit="case"):
         place = {"op": op.name, "case": case, "dtype": short}
+        reasons = []
         try:
             gate(op.gate, device.type == "cuda")
             for row in rows_of_case(op, make, DTYPES[short], device, given):
+                if "failed" in row:
+                    reasons.append(row["failed"])
+                    continue
                 rows.append({**place, **record(op, row, copy)})
                 if given.out:
                     with given.out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({**about, **rows[-1]}) + "\n")
         except Refused as reason:
-            refused.append(f"{op.name} {case} {short}: {reason}")
+            reasons.append(str(reason))
+        for text in reasons:
+            refused.append(f"{op.name} {case} {short}: {text}")
             tqdm.write(f"not timed: {refused[-1]}")
     return rows, refused
 
@@ -298,13 +306,8 @@ def make_parser(on_gpu: bool) -> Parser:
         help="whose shapes: all on a GPU, base on a CPU",
         **several,
     )
-    providers = list(PROVIDERS) if on_gpu else ["ours", "eager"]
     parser.add_argument(
-        "--providers",
-        choices=PROVIDERS,
-        default=providers,
-        help="ours, eager, compiled; the last only when asked for on a CPU, where compiling takes minutes",
-        **several,
+        "--providers", choices=PROVIDERS, default=PROVIDERS, help=f"of {', '.join(PROVIDERS)}", **several
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON line a row")
     return parser

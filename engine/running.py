@@ -29,6 +29,7 @@ from mnemos.engine.run_directory import RunDirectory
 from mnemos.engine.slots import CURRENT
 from mnemos.engine.stage_training import StageTraining, encoder_shape
 from mnemos.engine.stopping import BadNumbers, Stopped
+from mnemos.kernels.attention import Packing, attention
 from mnemos.sharding.command import BAD_DATA, TRY_AGAIN, USER_MISTAKE
 from mnemos.sharding.errors import DataError, UserError
 
@@ -40,6 +41,7 @@ def run_plan(plan: Plan) -> int:
     try:
         if plan.deepspeed is not None:
             check_with_deepspeed(plan.settings, plan.deepspeed, dist.world_size())
+        _check_attention(plan)
         if dist.is_main():
             print(describe_plan(plan), flush=True)
         if plan.dry_run:
@@ -67,6 +69,31 @@ def run_plan(plan: Plan) -> int:
         print(f"\nencoder: {last.directory}\npictures: {last.directory / 'reconstructions'}", flush=True)
     dist.barrier()
     return 0
+
+
+def _check_attention(plan: Plan) -> None:
+    """Try an attention backend that was asked for by name on one token of each sort the plan has.
+
+    Raises:
+        UserError: it cannot take them, or its package is missing.
+    """
+    settings, device = plan.settings, dist.device()
+    model, backend = settings.model, settings.training.attention
+    if backend == "auto":
+        return
+    dtype = torch.bfloat16 if computes_in_bf16(settings.training.precision) else torch.float32
+    dense, packed = None, Packing.from_lengths([1], device)
+    sorts: set[tuple[int, Packing | None]] = set()
+    for stage in plan.stages:
+        sorts.add((model.width // model.heads, packed if stage.manifest.kind == "text" else dense))
+        if stage.manifest.kind != "text":
+            sorts.add((model.decoder_width // model.decoder_heads, dense))
+    for width, packing in sorts:
+        token = torch.zeros(1, 1, 1, width, device=device, dtype=dtype, requires_grad=True)
+        try:
+            attention(token, token, token, packing=packing, backend=backend)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"training.attention={backend}: {error}, or leave the setting at auto") from None
 
 
 def _begin(run: RunDirectory, plan: Plan) -> None:

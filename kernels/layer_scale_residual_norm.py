@@ -16,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mnemos.kernels._common.launch import launch_counts, num_programs
+from mnemos.kernels._common.launch import VALUES_PER_THREAD, launch_counts, num_programs
 
 MAX_WIDTH = 4096  # past this the sums that backward holds in registers spill
-TILE = 2048  # values a program works on at once: one barrier serves the sums of several narrow rows
-MAX_WARPS = 16
-
+MAX_WARPS = 16  # of a program, and of all a multiprocessor's programs in backward
 Maybe = Tensor | None
 
 
@@ -42,7 +40,7 @@ def layer_scale_residual_norm_reference(
 
 def backward_reference(grad_x_new, grad_normed, x_new, branch, scale, keep, weight, mean, rstd):
     """Return what `launch_layer_scale_residual_norm_backward` does, in plain PyTorch."""
-    dtype, inside = x_new.dtype, mean.dtype
+    inside = mean.dtype
     statistics = [statistic.view(*x_new.shape[:-1], 1) for statistic in (mean, rstd)]
     parameters = [weight.to(inside)] * 2  # the offset's values are not read
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -50,14 +48,13 @@ def backward_reference(grad_x_new, grad_normed, x_new, branch, scale, keep, weig
     )
     grad_x = grad if grad_x_new is None else grad + grad_x_new
     kept = grad_x if keep is None else grad_x * _per_row(keep, x_new)
-    grad_branch, grad_scale = (x_new.new_empty(0) for _ in range(2))
+    grad_branch = x_new.new_empty(0) if kept is grad_x else kept
+    grad_scale = x_new.new_empty(0)
     if scale is not None:
         grad_branch = kept * scale
         grad_scale = (kept * branch).flatten(0, -2).sum(0).to(scale.dtype)
-    elif keep is not None:
-        grad_branch = kept
     grads = (grad_weight.to(weight.dtype), grad_bias.to(weight.dtype))
-    return grad_x.to(dtype), grad_branch.to(dtype), grad_scale, *grads
+    return grad_x.to(x_new.dtype), grad_branch.to(x_new.dtype), grad_scale, *grads
 
 
 def _per_row(keep: Tensor, x: Tensor) -> Tensor:
@@ -70,16 +67,12 @@ def _per_row(keep: Tensor, x: Tensor) -> Tensor:
 # ---- device code: tiles of whole rows, fp32 inside, one cast at the store. A None pointer leaves its part out.
 @triton.jit(do_not_specialize=["num_rows", "run"])
 def _layer_scale_residual_norm_kernel(
-    x_ptr,  # [R, D]
-    branch_ptr,  # [R, D]
+    x_ptr, branch_ptr,  # [R, D]
     scale_ptr,  # [D], or None
     keep_ptr,  # [B] fp32, or None
-    weight_ptr,  # [D]
-    bias_ptr,  # [D]
-    x_new_ptr,  # [R, D] out
-    normed_ptr,  # [R, D] out
-    mean_ptr,  # [R] fp32 out
-    rstd_ptr,  # [R] fp32 out
+    weight_ptr, bias_ptr,  # [D]
+    x_new_ptr, normed_ptr,  # [R, D] out
+    mean_ptr, rstd_ptr,  # [R] fp32 out
     num_rows, run, eps,  # run: rows that share a keep
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +91,6 @@ def _layer_scale_residual_norm_kernel(
         branch *= tl.load(keep_ptr + row // run, mask=is_row, other=0.0)[:, None]
     stored = (x + branch).to(x_new_ptr.dtype.element_ty)
     tl.store(x_new_ptr + start + offset, stored, mask=inside)
-
     x_new = stored.to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=is_column, other=0.0)[None, :]
     bias = tl.load(bias_ptr + column, mask=is_column, other=0.0)[None, :]
@@ -114,14 +106,12 @@ def _layer_scale_residual_norm_kernel(
 @triton.jit(do_not_specialize=["num_rows", "run"])
 def _layer_scale_residual_norm_backward_kernel(
     grad_x_new_ptr,  # [R, D], or None
-    grad_normed_ptr,  # [R, D]
-    x_new_ptr,  # [R, D]
+    grad_normed_ptr, x_new_ptr,  # [R, D]
     branch_ptr,  # [R, D], or None
     scale_ptr,  # [D], or None
     keep_ptr,  # [B] fp32, or None
     weight_ptr,  # [D]
-    mean_ptr,  # [R] fp32
-    rstd_ptr,  # [R] fp32
+    mean_ptr, rstd_ptr,  # [R] fp32
     grad_x_ptr,  # [R, D] out
     grad_branch_ptr,  # [R, D] out, or None: the same as grad_x
     sums_ptr,  # [N, 3 or 2, D] fp32 out: this program's part of the gradients of weight, bias and scale
@@ -179,8 +169,7 @@ def _layer_scale_residual_norm_backward_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def _sum_over_programs_kernel(
     sums_ptr,  # [N, 3 or 2, D] fp32
-    grad_weight_ptr,  # [D] out
-    grad_bias_ptr,  # [D] out
+    grad_weight_ptr, grad_bias_ptr,  # [D] out
     grad_scale_ptr,  # [D] out, or empty
     num_rows,  # N
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -203,12 +192,12 @@ def _sum_over_programs_kernel(
         tl.store(grad_scale_ptr + column, grad.to(grad_scale_ptr.dtype.element_ty), mask=is_column)
 
 
-def _tiles(x: Tensor, keep: Maybe, values_per_thread: int) -> dict[str, int]:
-    """Return how a launch cuts x into tiles of whole rows."""
+def _tiles(x: Tensor, keep: Maybe, *, least: int, values_per_thread: int) -> dict[str, int]:
+    """Return how a launch cuts x into tiles: one row, or narrow rows up to `least` values."""
     num_rows, D = x.shape[:-1].numel(), x.shape[-1]
     block = triton.next_power_of_2(D)
-    rows = max(1, TILE // block)
-    warps = min(MAX_WARPS, rows * block // (32 * values_per_thread))
+    rows = max(1, least // block)
+    warps = max(1, min(MAX_WARPS, rows * block // (32 * values_per_thread)))
     run = num_rows if keep is None else num_rows // keep.numel()
     return {"num_rows": num_rows, "run": run, "D": D, "BLOCK": block, "ROWS": rows, "num_warps": warps}
 
@@ -224,7 +213,8 @@ def launch_layer_scale_residual_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the device code on what the public function checked; return as the reference does."""
     launch_counts["layer_scale_residual_norm"] += 1
-    tiles = _tiles(x, keep, values_per_thread=16)
+    # Half as many of fp32: both inputs wait in registers, and some targets would spill.
+    tiles = _tiles(x, keep, least=1024, values_per_thread=VALUES_PER_THREAD * 2 // x.itemsize)
     x_new, normed = torch.empty_like(x), torch.empty_like(x)
     mean = x.new_empty(tiles["num_rows"], dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -245,7 +235,8 @@ def launch_layer_scale_residual_norm_backward(
         that of the branch where scale and keep are absent, which is that of x.
     """
     launch_counts["layer_scale_residual_norm_backward"] += 1
-    tiles = _tiles(x_new, keep, values_per_thread=8)
+    # A value's three sums stay in registers: with 8 values a thread, 16 warps fit a multiprocessor.
+    tiles = _tiles(x_new, keep, least=2048, values_per_thread=8)
     grad_x, grad_branch, grad_scale, grad_weight, grad_bias = _room_for_grads(x_new, scale, keep, weight)
     D, num_tiles = tiles["D"], triton.cdiv(tiles["num_rows"], tiles["ROWS"])
     programs = num_programs(x_new.device, num_tiles, each=MAX_WARPS // tiles["num_warps"])
@@ -355,5 +346,4 @@ def layer_scale_residual_norm(
         raise ValueError("every input must be contiguous; call .contiguous() where you made it")
     # On a CPU the op's own Python takes longer than the work of a small block.
     compute = layer_scale_residual_norm_reference if x.is_cpu else _fwd
-    x_new, normed, _, _ = compute(x, branch, scale_D, keep_B, weight_D, bias_D, eps)
-    return x_new, normed
+    return compute(x, branch, scale_D, keep_B, weight_D, bias_D, eps)[:2]

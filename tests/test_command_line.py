@@ -425,6 +425,10 @@ MISTAKES: dict[str, tuple[Prepare, list[str]]] = {
         with_file("ds.json", '{"zero_optimization": {"stagee": 2}}', "--deepspeed_config", "ds.json"),
         ["--deepspeed_config", "stagee=2"],
     ),
+    "attention that no CPU has": (
+        plain("--set", "training.attention=xformers"),
+        ["training.attention=xformers", "cpu", "ask for sdpa"],
+    ),
     "contradiction with the run": (in_run("--set", "training.batch=4"), ["training.batch is 8 there and 4"]),
     "other preset than the run's": (in_run("--preset", "base"), ["preset is 'sample' there"]),
     "only, with stages missing": (in_run("--only"), [f"--only {LAST}", DEFAULT_ORDER[0]]),

@@ -1,4 +1,4 @@
-"""attention against loops in fp64, forward and backward, dense and packed, and the rules by which a backend is taken."""
+"""attention against loops in fp64, forward and backward, dense and packed; the rules by which a backend is taken."""
 
 import builtins
 import importlib.util
@@ -64,7 +64,7 @@ def oracle(qkv: Tensor, lengths: Sequence[int] | None, causal: bool) -> Tensor:
 
 
 def eager(qkv: Tensor, lengths: Sequence[int] | None, causal: bool, backend: str) -> Tensor:
-    """Return the plain formula in one dtype, text by text; torch's fused attention where the backend is another's kernel.
+    """Return the plain formula in one dtype, text by text; for a backend that is another's kernel torch's fused one.
 
     Such a kernel adds up in blocks and may be a little further off than the formula; ours there is the layout only.
     """
@@ -332,9 +332,7 @@ def test_a_packing_that_cannot_be_is_named() -> None:
 
 def test_an_unknown_backend_is_answered_with_the_choices() -> None:
     q = torch.randn(1, 3, 1, 8)
-    with pytest.raises(
-        ValueError, match=r"'fast'; .*auto or one of definition, sdpa, varlen, xformers, flex"
-    ):
+    with pytest.raises(ValueError, match=r"'fast'; .*auto, definition, sdpa, varlen, xformers, flex"):
         attention(q, q, q, backend="fast")
 
 
@@ -376,7 +374,9 @@ def test_what_a_gpu_backend_cannot_take_is_named(gpu: Callable[..., Tensor]) -> 
                 refusal(backend, gpu(width, half), packing)
             )
         assert "torch.float16 and got torch.float32" in str(refusal(backend, gpu(64, single), packing))
-        assert "capability 8.0 on and got 7.5" in str(refusal(backend, gpu(64, half, capability="7.5"), packing))
+        assert "capability 8.0 on and got 7.5" in str(
+            refusal(backend, gpu(64, half, capability="7.5"), packing)
+        )
     assert "16 or more on a GPU and got 8" in str(refusal("flex", gpu(8, half)))
     assert refusal("flex", gpu(16, half)) is None
     for backend in ON_A_CPU:

@@ -270,29 +270,25 @@ def test_bf16_statistics_are_fp32_in_forward_and_backward(device: torch.device) 
         torch.testing.assert_close(results[4], expected, rtol=0.004, atol=0)
 
 
-def test_parameter_gradients_of_many_rows_are_summed_in_fp32(device: torch.device) -> None:
-    """A thousand ones: a sum kept in bf16 stops at 256."""
-    x = torch.tensor([-1.0, 1.0]).repeat(2).to(torch.bfloat16).expand(1, 1000, 4).contiguous()
-    ones = torch.ones(4, dtype=torch.bfloat16)
-    made = {
-        "x": x,
-        "branch": torch.ones_like(x),
-        "weight": ones,
-        "bias": ones,
-        "scale": 0 * ones,
-        "keep": None,
-    }
-    upstream = (torch.ones_like(x), torch.ones_like(x))
-    on_device = {name: None if value is None else value.to(device) for name, value in made.items()}
-    for results in (
-        run(ours, made, upstream),
-        run(through_op, made, upstream),
-        [tensor.cpu() for tensor in by_device_code(on_device, [grad.to(device) for grad in upstream])],
+def test_gradients_of_fp32_parameters_keep_fp32_digits_in_a_bf16_stream(device: torch.device) -> None:
+    """Nothing on the way from bf16 rows to an fp32 sum over them is rounded to bf16."""
+    case = Case(shape=(2, 40, 192), runs=2, parameters=torch.float32)
+    upstream = case.upstream(torch.bfloat16)
+    # with a scale of 0 the stored stream is x itself, exactly
+    made = case.inputs(torch.bfloat16) | {"scale": torch.zeros(192), "keep": torch.tensor([0.5, 2.0])}
+    on_device = {name: value.to(device) for name, value in made.items()}
+    device_code = by_device_code(on_device, [grad.to(device) for grad in upstream])
+    oracle = run(by_formula, made, upstream, torch.float64)
+    for results, exact in (
+        ([tensor.cpu() for tensor in device_code], NAMES[4:]),
+        (run(through_op, made, upstream), NAMES[4:]),
+        (run(ours, made, upstream), NAMES[4:6]),  # on a CPU the scale meets the branch in its type
     ):
-        signs = torch.tensor([-1.0, 1.0]).repeat(2)
-        torch.testing.assert_close(results[4].float(), 1000 * signs, rtol=0.005, atol=0)
-        torch.testing.assert_close(results[5].float(), torch.full((4,), 1000.0), rtol=0.005, atol=0)
-        torch.testing.assert_close(results[6].float(), torch.full((4,), 1000.0), rtol=0.005, atol=0)
+        for name in exact:
+            got, expected = results[NAMES.index(name)], oracle[NAMES.index(name)]
+            assert got.dtype == torch.float32
+            error = (got.double() - expected).abs().max()
+            assert error <= 2e-6 * expected.abs().max(), f"{name}: {error:.3e} of {expected.abs().max():.3e}"
 
 
 @DTYPES
@@ -413,7 +409,7 @@ def test_cuda_path_on_real_shapes(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 def test_offsets_past_31_bits() -> None:
-    """Every number of rows times width up to 2**32 is addressed; int32 would wrap into the first half."""
+    """The last row lies more than 2**31 values from the first."""
     rows, D = 2**31 // 512 + 64, 512
     x = torch.zeros(rows, D, dtype=torch.bfloat16, device="cuda")
     branch = torch.zeros_like(x)
