@@ -108,8 +108,7 @@ class Case:
     def run(self, backend: str) -> tuple[Tensor, Tensor]:
         """Return the output and the gradient of the projection."""
         self.qkv.grad = None
-        q, k, v = self.qkv.unbind(2)
-        out = attention(q, k, v, packing=self.packing, causal=self.causal, backend=backend).flatten(2)
+        out = attention(self.qkv, packing=self.packing, causal=self.causal, backend=backend).flatten(2)
         out.backward(self.upstream)
         assert self.qkv.grad is not None
         return out.detach(), self.qkv.grad
@@ -197,7 +196,7 @@ def _once_on_gpu(case: Case, backend: str, cold: Tensor) -> float:
 def candidates(case: Case) -> list[str]:
     """Return the backends that take the case and whose packages are here."""
     here = [name for name in BACKENDS if name != "xformers" or importlib.util.find_spec(name)]
-    return [name for name in here if refusal(name, case.qkv[:, :, 0], case.packing) is None]
+    return [name for name in here if refusal(name, case.qkv, case.packing) is None]
 
 
 def device_row(device: torch.device) -> dict[str, Any]:

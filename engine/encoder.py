@@ -67,8 +67,8 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor, packing: Packing | None = None, causal: bool = False) -> Tensor:
         """Return [B, L, D]; with a packing B is 1 and its sequences do not see each other."""
         B, L, D = x_BLD.shape
-        q, k, v = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads).unbind(2)
-        mixed = attention(q, k, v, packing=packing, causal=causal, backend=self.backend)
+        qkv = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads)
+        mixed = attention(qkv, packing=packing, causal=causal, backend=self.backend)
         out_BLD: Tensor = self.out(mixed.reshape(B, L, D))
         return out_BLD
 

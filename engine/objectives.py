@@ -84,7 +84,9 @@ class Pretrainer(nn.Module):
             return feature_mse(features, target, factor)
         if isinstance(rows, TextRows):
             assert rows.scored_S is not None and rows.labels_S is not None
-            loss: Tensor = self.word_head(gather_tokens(features, rows.scored_S[None])[0], rows.labels_S, factor)
+            loss: Tensor = self.word_head(
+                gather_tokens(features, rows.scored_S[None])[0], rows.labels_S, factor
+            )
             return loss
         patch, channels = patch_edges(self.encoder.shape, rows.kind)
         return masked_patch_mse(

@@ -89,9 +89,9 @@ def _check_attention(plan: Plan) -> None:
         if stage.manifest.kind != "text":
             sorts.add((model.decoder_width // model.decoder_heads, dense))
     for width, packing in sorts:
-        token = torch.zeros(1, 1, 1, width, device=device, dtype=dtype, requires_grad=True)
+        token = torch.zeros(1, 1, 3, 1, width, device=device, dtype=dtype, requires_grad=True)
         try:
-            attention(token, token, token, packing=packing, backend=backend)
+            attention(token, packing=packing, backend=backend)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"training.attention={backend}: {error}, or leave the setting at auto") from None
 

@@ -180,7 +180,12 @@ class StageTraining:
             losses[len(pending)] = self.train_step(raw)
             step = raw.step + 1
             pending.append(
-                {"step": step, "modality": self.sets[raw.member].manifest.name, "phase": _phase(raw.member), "lr": rate}
+                {
+                    "step": step,
+                    "modality": self.sets[raw.member].manifest.name,
+                    "phase": _phase(raw.member),
+                    "lr": rate,
+                }
             )
             last = step == self.schedule.num_steps
             if len(pending) == training.log_every or last:

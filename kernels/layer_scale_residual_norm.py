@@ -34,7 +34,9 @@ def layer_scale_residual_norm_reference(
         factor = _per_row(keep, x) if scale is None else _per_row(keep, x) * scale
     x_new = x + branch if factor is None else torch.addcmul(x, branch, factor.to(x.dtype))
     parameters = (weight.to(inside), bias.to(inside))
-    normed, mean, rstd = torch.native_layer_norm(x_new.to(inside), weight.shape, *parameters, eps)
+    # A CPU normalises half precision as it lies; the gradient of that would add up in half precision, too.
+    source = x_new if x_new.is_cpu and not torch.is_grad_enabled() else x_new.to(inside)
+    normed, mean, rstd = torch.native_layer_norm(source, weight.shape, *parameters, eps)
     return x_new, normed.to(x.dtype), mean.view(-1), rstd.view(-1)
 
 

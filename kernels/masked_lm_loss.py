@@ -129,7 +129,7 @@ def _by_chunks(
     with_hidden, with_weight, with_bias = wanted
     grad_hidden = hidden.new_empty((N, D) if with_hidden else 0)
     # Of one chunk the product itself will do; many are added up in fp32.
-    grad_weight = hidden.new_zeros((V, D) if with_weight and N != min(rows, N) else 0, dtype=inside)
+    grad_weight = hidden.new_zeros((V, D) if with_weight and min(rows, N) != N else 0, dtype=inside)
     grad_bias = hidden.new_zeros(V if with_bias else 0, dtype=inside)
     loss = hidden.new_zeros((), dtype=inside)
     # Rows of logits begin at 16-byte bounds, for the products and for the kernel.

@@ -154,4 +154,7 @@ def random_patch_ids(
         )
     if not -(2**63) <= key < 2**63:
         raise ValueError(f"key {key} is no int64; make it with counter_rng.stream_key")
-    return _random_patch_ids(place_B, num_patches, num_visible, key)
+    # On a CPU the op's own Python costs more than it is worth, but for a compiler, which must not look inside.
+    direct = place_B.is_cpu and not torch.compiler.is_compiling()
+    compute = random_patch_ids_reference if direct else _random_patch_ids
+    return compute(place_B, num_patches, num_visible, key)

@@ -95,9 +95,9 @@ def compare(qkv: Tensor, upstream: Tensor, lengths: Sequence[int] | None, causal
     packing = Packing.from_lengths(lengths, qkv.device) if lengths else None
 
     def ours(qkv: Tensor) -> Tensor:
-        return attention(*qkv.unbind(2), packing=packing, causal=causal, backend=backend)
+        return attention(qkv, packing=packing, causal=causal, backend=backend)
 
-    chosen = choose_backend(qkv[:, :, 0], packing, causal) if backend == "auto" else backend
+    chosen = choose_backend(qkv, packing, causal) if backend == "auto" else backend
     exact = with_gradient(lambda x: oracle(x, lengths, causal), qkv.double().cpu(), upstream.cpu())
     plain = with_gradient(lambda x: eager(x, lengths, causal, chosen), qkv, upstream)
     for name, got, eager_, true in zip(
@@ -131,12 +131,11 @@ def test_packed_matches_a_loop(
 def test_the_written_gradient_is_the_derivative(causal: bool, lengths: Sequence[int] | None) -> None:
     packing = Packing.from_lengths(lengths) if lengths else None
     qkv, _ = inputs(1 if lengths else 2, 6, 2, 5, dtype=torch.float64)
-    q, k, v = (x.requires_grad_() for x in qkv.unbind(2))
 
-    def definition(*qkv: Tensor) -> Tensor:
-        return attention(*qkv, packing=packing, causal=causal, backend="definition")
+    def definition(qkv: Tensor) -> Tensor:
+        return attention(qkv, packing=packing, causal=causal, backend="definition")
 
-    assert torch.autograd.gradcheck(definition, (q, k, v))
+    assert torch.autograd.gradcheck(definition, (qkv.requires_grad_(),))
 
 
 @pytest.mark.parametrize("backend", ON_A_CPU)
@@ -147,10 +146,10 @@ def test_a_text_is_what_it_is_alone_whatever_stands_beside_it(causal: bool, back
     packing = Packing.from_lengths(lengths)
 
     def packed(qkv: Tensor) -> Tensor:
-        return attention(*qkv.unbind(2), packing=packing, causal=causal, backend=backend)
+        return attention(qkv, packing=packing, causal=causal, backend=backend)
 
     def dense(qkv: Tensor) -> Tensor:
-        return attention(*qkv.unbind(2), causal=causal, backend=backend)
+        return attention(qkv, causal=causal, backend=backend)
 
     begin = 0
     for length in lengths:
@@ -169,28 +168,16 @@ def test_an_upstream_gradient_of_one_text_reaches_no_other(backend: str) -> None
     qkv, upstream = inputs(1, 9, 2, 8, dtype=torch.float32)
     upstream[:, :5] = 0
     packing = Packing.from_lengths((5, 4))
-    _, gradient = with_gradient(
-        lambda x: attention(*x.unbind(2), packing=packing, backend=backend), qkv, upstream
-    )
+    _, gradient = with_gradient(lambda x: attention(x, packing=packing, backend=backend), qkv, upstream)
     assert not gradient[:, :5].any() and gradient[:, 5:].all()
 
 
 def test_a_causal_row_is_the_last_row_of_a_shorter_sequence() -> None:
     qkv, _ = inputs(2, 6, 2, 8, dtype=torch.float32)
-    q, k, v = qkv.unbind(2)
-    out = attention(q, k, v, causal=True)
+    out = attention(qkv, causal=True)
     for length in range(1, 7):
-        short = attention(q[:, :length], k[:, :length], v[:, :length])
+        short = attention(qkv[:, :length].contiguous())
         torch.testing.assert_close(out[:, length - 1], short[:, -1])
-
-
-def test_separate_tensors_and_views_of_one_projection_give_the_same() -> None:
-    qkv, _ = inputs(2, 5, 3, 8, dtype=torch.bfloat16)
-    views = qkv.unbind(2)
-    copies = [x.clone(memory_format=torch.contiguous_format) for x in views]
-    assert views[0].stride() != copies[0].stride()
-    for backend in ON_A_CPU:
-        assert torch.equal(attention(*views, backend=backend), attention(*copies, backend=backend))
 
 
 def test_flex_without_a_gradient_matches_the_definition() -> None:
@@ -201,8 +188,8 @@ def test_flex_without_a_gradient_matches_the_definition() -> None:
                 "packing": Packing.from_lengths(lengths) if lengths else None,
                 "causal": causal,
             }
-            out = attention(*qkv.unbind(2), **given, backend="flex")
-            torch.testing.assert_close(out, attention(*qkv.unbind(2), **given, backend="definition"))
+            out = attention(qkv, **given, backend="flex")
+            torch.testing.assert_close(out, attention(qkv, **given, backend="definition"))
 
 
 def test_varlen_is_called_as_this_torch_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,11 +201,11 @@ def test_varlen_is_called_as_this_torch_wants_it(monkeypatch: pytest.MonkeyPatch
         "varlen_attn",
         lambda *args, _real=varlen.varlen_attn, **kwargs: windows.append(kwargs) or _real(*args, **kwargs),
     )
-    q, k, v = torch.empty(1, 9, 3, 2, 16, device="meta", dtype=torch.bfloat16).unbind(2)
+    qkv = torch.empty(1, 9, 3, 2, 16, device="meta", dtype=torch.bfloat16)
     packing = Packing(offsets_B1=torch.empty(3, device="meta", dtype=torch.int32), longest=5)
     for causal in (False, True):
-        out = BACKENDS["varlen"](q, k, v, packing, causal)
-        assert out.shape == q.shape and out.dtype == q.dtype
+        out = BACKENDS["varlen"](qkv, packing, causal)
+        assert out.shape == (1, 9, 2, 16) and out.dtype == qkv.dtype
     assert windows == [{"window_size": (-1, -1)}, {"window_size": (-1, 0)}]
 
 
@@ -248,10 +235,10 @@ def xformers_that_records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_xformers_is_given_the_offsets_as_they_are(xformers_that_records: list[Any]) -> None:
-    q = torch.randn(1, 7, 2, 8)
+    qkv = torch.randn(1, 7, 3, 2, 8)
     packing = Packing.from_lengths((3, 4))
     for given in ((None, False), (None, True), (packing, False), (packing, True)):
-        assert BACKENDS["xformers"](q, q, q, *given).shape == q.shape
+        assert torch.equal(BACKENDS["xformers"](qkv, *given), qkv[:, :, 0] + qkv[:, :, 1] + qkv[:, :, 2])
     dense, causal, packed, packed_causal = xformers_that_records
     assert dense is None and causal.kind == "LowerTriangularMask"
     assert (packed.kind, packed_causal.kind) == ("BlockDiagonalMask", "BlockDiagonalCausalMask")
@@ -264,9 +251,9 @@ def test_xformers_is_given_the_offsets_as_they_are(xformers_that_records: list[A
 def test_without_xformers_the_error_names_it_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xformers", None)  # an import of it fails
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    q = torch.randn(1, 2, 1, 8)
+    qkv = torch.randn(1, 2, 3, 1, 8)
     with pytest.raises(RuntimeError, match=r"needs the package xformers.*pip install -e '\.\[gpu\]'"):
-        BACKENDS["xformers"](q, q, q, None, False)
+        BACKENDS["xformers"](qkv, None, False)
 
 
 def test_importing_the_file_imports_no_optional_backend() -> None:
@@ -295,33 +282,29 @@ def test_importing_the_file_imports_no_optional_backend() -> None:
 
 
 # ---- refusals: what came, what is allowed, what to do
-def test_inputs_that_disagree_are_named() -> None:
-    q = torch.randn(1, 3, 1, 8)
-    with pytest.raises(ValueError, match=r"shapes \(1, 3, 1, 8\), \(1, 2, 1, 8\).*same \[B, L, H, W\]"):
-        attention(q, q[:, :2], q)
-    with pytest.raises(ValueError, match=r"shapes \(3, 1, 8\)"):
-        attention(q[0], q[0], q[0])
-    with pytest.raises(ValueError, match=r"torch.float32 on cpu, torch.float64 on cpu.*one floating dtype"):
-        attention(q, q.double(), q)
-    with pytest.raises(ValueError, match=r"torch.int64 on cpu"):
-        attention(q.long(), q.long(), q.long())
-    with pytest.raises(ValueError, match=r"torch.float32 on meta.*one device"):
-        attention(q, q, q.to("meta"))
-    with pytest.raises(ValueError, match=r"strides 1, 2, 1; .*make q, k and v contiguous"):
-        attention(q, torch.randn(1, 3, 1, 16)[..., ::2], q)
+def test_an_input_of_another_shape_is_named() -> None:
+    qkv = torch.randn(2, 3, 3, 1, 8)
+    with pytest.raises(ValueError, match=r"\[2, 3, 2, 1, 8\]; it must be floating \[B, L, 3, H, W\]"):
+        attention(qkv[:, :, :2].contiguous())
+    with pytest.raises(ValueError, match=r"\[3, 3, 1, 8\]"):
+        attention(qkv[0])
+    with pytest.raises(ValueError, match=r"torch.int64 \[2, 3, 3, 1, 8\]"):
+        attention(qkv.long())
+    with pytest.raises(ValueError, match=r"must be contiguous; call \.contiguous\(\)"):
+        attention(qkv[:, :2])
 
 
 def test_a_packing_that_cannot_be_is_named() -> None:
-    q = torch.randn(2, 3, 1, 8)
+    qkv = torch.randn(2, 3, 3, 1, 8)
     packing = Packing.from_lengths((1, 2))
     assert packing.offsets_B1.tolist() == [0, 1, 3] and packing.longest == 2
-    with pytest.raises(ValueError, match=r"q is \[2, 3, 1, 8\] on cpu.*must be \[1, T, H, W\]"):
-        attention(q, q, q, packing=packing)
+    with pytest.raises(ValueError, match=r"qkv is \[2, 3, 3, 1, 8\] on cpu.*must be \[1, T, 3, H, W\]"):
+        attention(qkv, packing=packing)
     elsewhere = Packing(offsets_B1=packing.offsets_B1.to("meta"), longest=2)
     with pytest.raises(ValueError, match=r"offsets are on meta; .*one device"):
-        attention(q[:1], q[:1], q[:1], packing=elsewhere)
+        attention(qkv[:1], packing=elsewhere)
     with pytest.raises(ValueError, match=r"longest is 9 of 3 tokens"):
-        attention(q[:1], q[:1], q[:1], packing=Packing(offsets_B1=packing.offsets_B1, longest=9))
+        attention(qkv[:1], packing=Packing(offsets_B1=packing.offsets_B1, longest=9))
     with pytest.raises(ValueError, match=r"torch.int64 \[3\]; it must be torch.int32 \[B \+ 1\]"):
         Packing(offsets_B1=packing.offsets_B1.long(), longest=2)
     with pytest.raises(ValueError, match=r"torch.int32 \[1\].*B >= 1"):
@@ -331,25 +314,34 @@ def test_a_packing_that_cannot_be_is_named() -> None:
 
 
 def test_an_unknown_backend_is_answered_with_the_choices() -> None:
-    q = torch.randn(1, 3, 1, 8)
     with pytest.raises(ValueError, match=r"'fast'; .*auto, definition, sdpa, varlen, xformers, flex"):
-        attention(q, q, q, backend="fast")
+        attention(torch.randn(1, 3, 3, 1, 8), backend="fast")
 
 
 def test_a_backend_that_cannot_is_refused_and_not_replaced() -> None:
-    q = torch.randn(1, 3, 1, 8)
+    qkv = torch.randn(1, 3, 3, 1, 8)
     with pytest.raises(ValueError, match=r"varlen takes packed batches and got none; pass packing="):
-        attention(q, q, q, backend="varlen")
+        attention(qkv, backend="varlen")
     for backend in ("varlen", "xformers"):
         with pytest.raises(
             ValueError, match=rf"{backend} has no operator for cpu tensors; use a CUDA device"
         ):
-            attention(q, q, q, packing=Packing.from_lengths((3,)), backend=backend)
+            attention(qkv, packing=Packing.from_lengths((3,)), backend=backend)
     with pytest.raises(ValueError, match=r"flex takes .* got torch.float64; ask for definition"):
-        attention(q.double(), q.double(), q.double(), backend="flex")
-    q.requires_grad_()
+        attention(qkv.double(), backend="flex")
     with pytest.raises(ValueError, match=r"flex has no gradient on cpu tensors; use torch.no_grad\(\)"):
-        attention(q, q, q, backend="flex")
+        attention(qkv.requires_grad_(), backend="flex")
+
+
+def test_a_batch_is_laid_out_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    real = module.layout
+    monkeypatch.setattr(module, "layout", lambda *args: made.append(args) or real(*args))
+    qkv, packing = torch.randn(1, 9, 3, 2, 8), Packing.from_lengths((4, 5))
+    first = attention(qkv, packing=packing, backend="definition")
+    assert torch.equal(attention(qkv, packing=packing, backend="definition"), first) and len(made) == 1
+    attention(torch.randn(1, 9, 3, 4, 8), packing=packing, backend="definition")
+    assert len(made) == 2, "other heads lie elsewhere"
 
 
 @pytest.fixture
@@ -359,7 +351,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     def make(width: int, dtype: torch.dtype, name: str = "Some GPU", capability: str = "9.0") -> Tensor:
         monkeypatch.setattr(module, "_gpu", lambda device: (name, capability))
         with FakeTensorMode():
-            return torch.empty(1, 40, 2, width, device="cuda", dtype=dtype)
+            return torch.empty(1, 40, 3, 2, width, device="cuda", dtype=dtype)
 
     return make
 
@@ -413,7 +405,9 @@ def test_nearest_width_decides_then_nearest_tokens(
     assert choose_backend(q, Packing.from_lengths((40,))) == "varlen"
     assert choose_backend(q, causal=True) == "sdpa"
     with FakeTensorMode():
-        assert choose_backend(torch.empty(1, 150, 2, 64, device="cuda", dtype=torch.bfloat16)) == "xformers"
+        assert (
+            choose_backend(torch.empty(1, 150, 3, 2, 64, device="cuda", dtype=torch.bfloat16)) == "xformers"
+        )
 
 
 def test_a_packed_batch_is_looked_up_by_its_longest_text(
@@ -455,17 +449,17 @@ def test_without_a_row_the_stated_default_is_taken(
     assert choose_backend(gpu(64, torch.float32), packing) == "sdpa"
     assert choose_backend(gpu(64, torch.bfloat16, capability="7.5"), packing) == "sdpa"
     for dtype in (torch.float32, torch.bfloat16):
-        assert choose_backend(torch.zeros(1, 40, 2, 64, dtype=dtype)) == "definition"
-        assert choose_backend(torch.zeros(1, 40, 2, 64, dtype=dtype), packing) == "definition"
+        assert choose_backend(torch.zeros(1, 40, 3, 2, 64, dtype=dtype)) == "definition"
+        assert choose_backend(torch.zeros(1, 40, 3, 2, 64, dtype=dtype), packing) == "definition"
 
 
 def test_auto_runs_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = torch.randn(1, 5, 1, 8)
+    qkv = torch.randn(1, 5, 3, 1, 8)
     for backend in ON_A_CPU:
         use_table(monkeypatch, ("cpu", "float32", False, False, 8, 5, backend))
         ran = []
         monkeypatch.setitem(module.BACKENDS, backend, lambda *args, ran=ran: ran.append(args) or args[0])
-        attention(q, q, q)
+        attention(qkv)
         assert len(ran) == 1
 
 
@@ -499,7 +493,7 @@ def test_compiles_whole(lengths: Sequence[int] | None, dynamic: bool | None) -> 
     packing = Packing.from_lengths(lengths) if lengths else None
 
     def block(qkv: Tensor) -> Tensor:
-        return attention(*qkv.unbind(2), packing=packing).sin()
+        return attention(qkv, packing=packing).sin()
 
     # "aot_eager" traces forward and backward and compiles no C++
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend="aot_eager")

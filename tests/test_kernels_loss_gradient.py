@@ -41,7 +41,7 @@ def features() -> Tensor:
 
 @pytest.mark.parametrize("num", [1, 1000, BLOCK, BLOCK + 1, 3 * BLOCK - 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("upstream", [1.0, -0.75, 0.0, 1.0 + 2**-23])
+@pytest.mark.parametrize("upstream", [1.0, -1 / 3, 0.0, 1.0 + 2**-23])
 def test_device_code_multiplies_in_place(
     num: int, upstream: float, dtype: torch.dtype, device: torch.device
 ) -> None:

@@ -350,9 +350,7 @@ def coded_texts(lengths: list[int], places: list[int], width: int = 64) -> RawBa
     for row, length in enumerate(lengths):
         ids_BL[row, :length] = 10 + row
     ones = torch.ones(len(lengths))
-    return RawBatch(
-        step=0, member=0, data=ids_BL, scale_B=ones, shift_B=ones, place_B=torch.tensor(places)
-    )
+    return RawBatch(step=0, member=0, data=ids_BL, scale_B=ones, shift_B=ones, place_B=torch.tensor(places))
 
 
 def test_mixed_texts_keep_places_and_drop_the_chosen_padding(tiny_sets: Path) -> None:

@@ -1,11 +1,12 @@
 """Packed batches laid out with padding, for what cannot read them as they are, and back.
 
-The padding is 0 and every text has rows of its own, so nothing of one text reaches another, NaN included.
+Every text has rows of its own and its padding repeats its own first token, so that nothing of one text reaches another,
+NaN included; the caller hides the padding.
 
 Shape suffixes: B = texts, L = tokens of the longest text, T = tokens of all texts, H = heads, W = head width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,64 +24,91 @@ def text_of_token(offsets_B1: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(offsets_B1[1:], token_T, right=True)
 
 
-def layout(offsets_B1: Tensor, tokens: int, longest: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where the rows of both layouts come from; a row is one token's values of one head.
+class Layout(NamedTuple):
+    """Where the rows of both layouts come from; a row is one token's W values of one head.
 
-    Returns:
+    Attributes:
         visible_BL: bool, True where a padded row holds a token.
-        from_packed: int64 [B * H * L], the packed row at each padded one; T * H, the row of zeros, where there is none.
-        from_padded: int64 [T * H], the padded row at each packed one.
+        from_packed: int64 [3 * B * H * L], the row of [T, 3, H, W] at each row of [3, B, H, L, W].
+        from_padded: int64 [T * 3 * H], the other way.
+        from_padded_TH: int64 [T * H], the row of [B, H, L, W] at each row of [T, H, W].
     """
+
+    visible_BL: Tensor
+    from_packed: Tensor
+    from_padded: Tensor
+    from_padded_TH: Tensor
+
+
+def layout(offsets_B1: Tensor, tokens: int, longest: int, heads: int) -> Layout:
+    """Return the layout of a packed batch."""
     begin_B1, device = offsets_B1.long(), offsets_B1.device
-    head_H = torch.arange(heads, device=device)
+    num_texts, part_3H1 = len(offsets_B1) - 1, torch.arange(3 * heads, device=device).view(3, 1, heads, 1)
     token_BL = begin_B1[:-1, None] + torch.arange(longest, device=device)
     visible_BL = token_BL < begin_B1[1:, None]
-    packed_BHL = torch.where(visible_BL[:, None], token_BL[:, None] * heads + head_H[:, None], tokens * heads)
+    own_BL = torch.where(visible_BL, token_BL, begin_B1[:-1, None].clamp_max(tokens - 1))
+    from_packed = own_BL[:, None] * (3 * heads) + part_3H1
     text_T = text_of_token(offsets_B1, tokens)
     place_T = torch.arange(tokens, device=device) - begin_B1[text_T]
-    padded_TH = (text_T[:, None] * heads + head_H) * longest + place_T[:, None]
-    return visible_BL, packed_BHL.flatten(), padded_TH.flatten()
+    number_3 = torch.arange(3, device=device)[:, None] * num_texts
+    text_T3H = (text_T[:, None, None] + number_3) * heads + torch.arange(heads, device=device)
+    from_padded_T3H = text_T3H * longest + place_T[:, None, None]
+    return Layout(
+        visible_BL, from_packed.flatten(), from_padded_T3H.flatten(), from_padded_T3H[:, 0].flatten()
+    )
 
 
-def _pad(x_1THW: Tensor, from_packed: Tensor, longest: int) -> Tensor:
-    _, T, H, W = x_1THW.shape
-    rows = x_1THW.new_empty(T + 1, H, W)  # and one token of zeros, for the padding
-    rows[:T] = x_1THW[0]
-    rows[T] = 0
-    return rows.view(-1, W).index_select(0, from_packed).view(-1, H, longest, W).transpose(1, 2)
+def pad(qkv_1T3HW: Tensor, rows: Layout) -> Tensor:
+    """Return [3, B, H, L, W]."""
+    _, _, _, H, W = qkv_1T3HW.shape
+    B, L = rows.visible_BL.shape
+    return qkv_1T3HW.view(-1, W).index_select(0, rows.from_packed).view(3, B, H, L, W)
 
 
-def _unpad(x_BLHW: Tensor, from_padded: Tensor) -> Tensor:
-    _, _, H, W = x_BLHW.shape
-    return x_BLHW.transpose(1, 2).reshape(-1, W).index_select(0, from_padded).view(1, -1, H, W)
+def unpad(padded_3BHLW: Tensor, rows: Layout) -> Tensor:
+    """Return [1, T, 3, H, W], the inverse of `pad`."""
+    _, _, H, _, W = padded_3BHLW.shape
+    return padded_3BHLW.reshape(-1, W).index_select(0, rows.from_padded).view(1, -1, 3, H, W)
+
+
+def unpad_heads(padded_BHLW: Tensor, rows: Layout) -> Tensor:
+    """Return [1, T, H, W]."""
+    _, H, _, W = padded_BHLW.shape
+    return padded_BHLW.reshape(-1, W).index_select(0, rows.from_padded_TH).view(1, -1, H, W)
+
+
+def pad_heads(grad_1THW: Tensor, rows: Layout) -> Tensor:
+    """Return [B, H, L, W] with zeros at the padding: the gradient of `unpad_heads`."""
+    _, _, H, W = grad_1THW.shape
+    B, L = rows.visible_BL.shape
+    padded = grad_1THW.new_zeros(B * H * L, W)
+    padded.index_copy_(0, rows.from_padded_TH, grad_1THW.reshape(-1, W))
+    return padded.view(B, H, L, W)
 
 
 class Pad(torch.autograd.Function):
-    """[1, T, H, W] to [B, L, H, W], by head in memory; autograd's own gradient would add where nothing is to add."""
+    """`pad` for autograd; what hides the padding leaves it no gradient, so there is nothing to add up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, from_packed: Tensor, from_padded: Tensor, longest: int) -> Tensor:
-        ctx.save_for_backward(from_padded)
-        return _pad(x, from_packed, longest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (from_padded,) = ctx.saved_tensors
-        return _unpad(grad, from_padded), None, None, None
-
-
-class Unpad(torch.autograd.Function):
-    """[B, L, H, W] to [1, T, H, W]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, from_packed: Tensor, from_padded: Tensor) -> Tensor:
-        ctx.save_for_backward(from_packed)
-        ctx.longest = x.shape[1]
-        return _unpad(x, from_padded)
+    def forward(ctx: Any, qkv: Tensor, *rows: Tensor) -> Tensor:
+        ctx.save_for_backward(*rows)
+        return pad(qkv, Layout(*rows))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (from_packed,) = ctx.saved_tensors
-        return _pad(grad, from_packed, ctx.longest), None, None
+        return unpad(grad, Layout(*ctx.saved_tensors)), None, None, None, None
+
+
+class UnpadHeads(torch.autograd.Function):
+    """`unpad_heads` for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *rows: Tensor) -> Tensor:
+        ctx.save_for_backward(*rows)
+        return unpad_heads(x, Layout(*rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return pad_heads(grad, Layout(*ctx.saved_tensors)), None, None, None, None
