@@ -81,6 +81,7 @@ def machine() -> dict[str, str]:
     ).stdout.strip()
     return {
         "device": name,
+        "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
         "commit": commit or "unknown",
