@@ -31,6 +31,7 @@ from tqdm import tqdm
 from mnemos.engine.plain_table import format_table
 from mnemos.kernels.attention import BACKENDS, TABLE_PATH, Packing, attention, refusal
 from mnemos.sharding.command import Parser, run_command
+from mnemos.sharding.errors import UserError
 
 SWEEPS, REPEATS = 5, 5
 TIE = (
@@ -230,6 +231,8 @@ def bench(argv: Sequence[str] | None) -> None:
     parser.add_argument("--write", action="store_true", help=f"store the winners in {TABLE_PATH.name}")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads")
     given = parser.parse_args(argv)
+    if given.threads < 1:
+        raise UserError(f"--threads {given.threads}: nothing could be computed; give 1 or more")
     torch.set_num_threads(given.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {**device_row(device), "torch": torch.__version__}
@@ -254,7 +257,7 @@ def bench(argv: Sequence[str] | None) -> None:
 
     printed, stored = [], []
     for (shape, dtype), taken in zip(rows, times, strict=True):
-        best = min(taken.values())
+        best = min(taken.values(), default=float("inf"))
         row = {
             "dtype": str(dtype).removeprefix("torch."),
             "packed": shape.packed,
@@ -265,6 +268,8 @@ def bench(argv: Sequence[str] | None) -> None:
         cells = {backend: f"{us:.0f} ({us / best:.2f})" for backend, us in taken.items()}
         cells |= {backend: "WRONG" for *at, backend in wrong if at == [shape, dtype]}
         printed.append({"shape": shape.name, **row, **cells})
+        if not taken:
+            continue
         batch = shape.gpu_batch if device.type == "cuda" else shape.cpu_batch
         rounded = {backend: round(us) for backend, us in taken.items()}
         winner = next(backend for backend in BACKENDS if taken.get(backend, float("inf")) <= TIE * best)

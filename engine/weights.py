@@ -173,8 +173,7 @@ class PretrainedEncoder:
             raise UserError(f"modality {modality!r} is not among those trained: {', '.join(self.modalities)}")
         if record["modality"]["kind"] == "text":
             ids_T = self._token_ids(str(source), record["shape"][0])
-            ends = torch.tensor([0, len(ids_T)], dtype=torch.int32, device=self.device)
-            packing = Packing(offsets_B1=ends, longest=len(ids_T))
+            packing = Packing.from_lengths([len(ids_T)], self.device)
             place_T = torch.arange(len(ids_T), device=self.device)
             return self.encoder.forward_text(ids_T, place_T, packing), packing
         samples = _read_samples(source, record)

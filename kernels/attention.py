@@ -65,7 +65,7 @@ class Packing:
 
     offsets_B1: Tensor
     longest: int
-    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
+    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         offsets = self.offsets_B1
