@@ -2,13 +2,31 @@
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+
+def _let_device_scalars_bound_loops() -> None:
+    """Mend the interpreter of Triton 3.6, which reads a scalar in a way NumPy refuses since 2.4; 3.7 reads it so."""
+    from triton.runtime import interpreter
+
+    patch: Any = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # the scope puts the first one back
+
+    interpreter._patch_lang_tensor = mended
+
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first kernel import
+    if version("triton").startswith("3.6."):
+        _let_device_scalars_bound_loops()
 
 
 @pytest.fixture
