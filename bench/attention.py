@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnemos.engine.plain_table import format_table
-from mnemos.kernels.attention import BACKENDS, TABLE_PATH, Packing, attention, refusal
+from mnemos.kernels.attention import BACKENDS, TABLE_PATH, attention, refusal
+from mnemos.kernels.packing import Packing
 from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.errors import UserError
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mnemos.engine.positions import interpolate_table, sin_cos_table
-from mnemos.kernels.attention import Packing, attention
+from mnemos.kernels.attention import attention
 from mnemos.kernels.layer_scale_residual_norm import layer_scale_residual_norm
+from mnemos.kernels.packing import Packing
 
 ImageKind = Literal["image", "volume"]
 

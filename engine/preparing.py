@@ -23,8 +23,8 @@ from mnemos.engine.augmentation import mirror_flags, mixing_partner, mixing_weig
 from mnemos.engine.encoder import EncoderShape, ImageKind, patch_edges
 from mnemos.engine.patches import patch_grid
 from mnemos.engine.settings import Settings
-from mnemos.kernels.attention import Packing
 from mnemos.kernels.counter_rng import stream_key, uniform
+from mnemos.kernels.packing import Packing
 from mnemos.kernels.random_patch_ids import random_patch_ids
 from mnemos.sharding.manifest import Manifest
 from mnemos.sharding.stream import RawBatch

@@ -29,7 +29,8 @@ from mnemos.engine.run_directory import RunDirectory
 from mnemos.engine.slots import CURRENT
 from mnemos.engine.stage_training import StageTraining, encoder_shape
 from mnemos.engine.stopping import BadNumbers, Stopped
-from mnemos.kernels.attention import Packing, attention
+from mnemos.kernels.attention import attention
+from mnemos.kernels.packing import Packing
 from mnemos.sharding.command import BAD_DATA, TRY_AGAIN, USER_MISTAKE
 from mnemos.sharding.errors import DataError, UserError
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mnemos.engine.encoder import Encoder, EncoderShape, ImageKind, patch_edges, pooled
 from mnemos.engine.patches import all_patches, patch_grid
 from mnemos.engine.run_directory import CARD, WEIGHTS
-from mnemos.kernels.attention import Packing
+from mnemos.kernels.packing import Packing
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import Manifest
 from mnemos.sharding.modalities import STORED_SIZES, Modality

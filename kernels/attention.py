@@ -20,22 +20,21 @@ a packed batch; H = heads; W = head width; N = B * H. A packed batch keeps a lea
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mnemos.kernels._common.padding import (
+from mnemos.kernels.packing import (
     Layout,
+    Packing,
     Pad,
     UnpadHeads,
-    layout,
     pad,
     pad_heads,
     text_of_token,
@@ -50,37 +49,6 @@ CPU_VECTOR, CPU_TAIL = (
     32,
     4,
 )  # half-precision values in one of AVX-512; how many past the last torch is quick with
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)  # eq: comparing tensors would give tensors
-class Packing:
-    """Where the sequences of a packed batch begin and end.
-
-    Attributes:
-        offsets_B1: int32 [B + 1] on the device of the batch; the first is 0, the last T, none falls.
-        longest: tokens of the longest sequence. Known on the host: no call waits for the device to learn it.
-
-    The values are not checked, which would wait for the device; `from_lengths` makes both from one list.
-    """
-
-    offsets_B1: Tensor
-    longest: int
-    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        offsets = self.offsets_B1
-        if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 2:
-            raise ValueError(
-                f"packing: offsets_B1 is {offsets.dtype} {list(offsets.shape)}; it must be torch.int32 [B + 1], B >= 1"
-            )
-        if self.longest < 1:
-            raise ValueError(f"packing: longest is {self.longest}; it must be at least 1, or drop the batch")
-
-    @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Self:
-        """Return the packing of sequences with these numbers of tokens."""
-        offsets_B1 = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-        return cls(offsets_B1=offsets_B1, longest=max(lengths))
 
 
 # ---- reference: the definition, with its gradient written out. Any device, any floating dtype.
@@ -140,16 +108,8 @@ def _backward_in(rows: Tensor) -> torch.dtype:
 
 
 # ---- backends: qkv [B, L, 3, H, W] (packed: [1, T, 3, H, W]), packing or None, causal -> [B, L, H, W] ([1, T, H, W])
-def _layout_of(qkv: Tensor, packing: Packing) -> Layout:
-    """Return the layout of a packed batch, made at the first call: all blocks have the same."""
-    key = (qkv.shape[1], qkv.shape[3])
-    if key not in packing._layouts:
-        packing._layouts[key] = layout(packing.offsets_B1, qkv.shape[1], packing.longest, qkv.shape[3])
-    return packing._layouts[key]
-
-
 def _definition(qkv: Tensor, packing: Packing | None, causal: bool) -> Tensor:
-    rows = () if packing is None else _layout_of(qkv, packing)
+    rows = () if packing is None else packing.layout(qkv.shape[1], qkv.shape[3])
     bias, hidden = None, torch.finfo(qkv.dtype).min  # finite: the rows of an empty text give a mean, not NaN
     if causal:  # hides the padding, too: all that stands before a real token is real
         L = qkv.shape[1] if packing is None else packing.longest
@@ -165,7 +125,7 @@ def _sdpa(qkv: Tensor, packing: Packing | None, causal: bool) -> Tensor:
     if packing is None:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-    rows = _layout_of(qkv, packing)
+    rows = packing.layout(qkv.shape[1], qkv.shape[3])
     q, k, v = Pad.apply(qkv, *rows).unbind()
     mask = None if causal else rows.visible_BL[:, None, None]  # causal: as above
     out: Tensor = UnpadHeads.apply(

@@ -16,7 +16,7 @@ from mnemos.engine.objectives import Pretrainer
 from mnemos.engine.positions import interpolate_table, sin_cos_table
 from mnemos.engine.presets import PRESETS
 from mnemos.engine.settings import resolve
-from mnemos.kernels.attention import Packing
+from mnemos.kernels.packing import Packing
 
 MILLIONS = {  # of the blocks
     "sample": 2.67,

@@ -15,7 +15,9 @@ from compare import assert_as_accurate_as_eager
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mnemos.kernels.attention import BACKENDS, TABLE_PATH, Packing, attention, choose_backend, refusal
+from mnemos.kernels import packing as packing_module
+from mnemos.kernels.attention import BACKENDS, TABLE_PATH, attention, choose_backend, refusal
+from mnemos.kernels.packing import Packing
 
 module = importlib.import_module(
     "mnemos.kernels.attention"
@@ -335,8 +337,8 @@ def test_a_backend_that_cannot_is_refused_and_not_replaced() -> None:
 
 def test_a_batch_is_laid_out_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    real = module.layout
-    monkeypatch.setattr(module, "layout", lambda *args: made.append(args) or real(*args))
+    real = packing_module.layout
+    monkeypatch.setattr(packing_module, "layout", lambda *args: made.append(args) or real(*args))
     qkv, packing = torch.randn(1, 9, 3, 2, 8), Packing.from_lengths((4, 5))
     first = attention(qkv, packing=packing, backend="definition")
     assert torch.equal(attention(qkv, packing=packing, backend="definition"), first) and len(made) == 1

@@ -1,4 +1,4 @@
-"""Packed batches laid out with padding, for what cannot read them as they are, and back.
+"""Packed batches: where their texts lie, and how they are laid out with padding for what cannot read them as they are.
 
 Every text has rows of its own and its padding repeats its own first token, so that nothing of one text reaches another,
 NaN included; the caller hides the padding.
@@ -6,7 +6,9 @@ NaN included; the caller hides the padding.
 Shape suffixes: B = texts, L = tokens of the longest text, T = tokens of all texts, H = heads, W = head width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -56,6 +58,44 @@ def layout(offsets_B1: Tensor, tokens: int, longest: int, heads: int) -> Layout:
     return Layout(
         visible_BL, from_packed.flatten(), from_padded_T3H.flatten(), from_padded_T3H[:, 0].flatten()
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # eq: comparing tensors would give tensors
+class Packing:
+    """Where the sequences of a packed batch begin and end.
+
+    Attributes:
+        offsets_B1: int32 [B + 1] on the device of the batch; the first is 0, the last T, none falls.
+        longest: tokens of the longest sequence. Known on the host: no call waits for the device to learn it.
+
+    The values are not checked, which would wait for the device; `from_lengths` makes both from one list.
+    """
+
+    offsets_B1: Tensor
+    longest: int
+    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        offsets = self.offsets_B1
+        if offsets.dtype != torch.int32 or offsets.ndim != 1 or len(offsets) < 2:
+            raise ValueError(
+                f"packing: offsets_B1 is {offsets.dtype} {list(offsets.shape)}; it must be torch.int32 [B + 1], B >= 1"
+            )
+        if self.longest < 1:
+            raise ValueError(f"packing: longest is {self.longest}; it must be at least 1, or drop the batch")
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Self:
+        """Return the packing of sequences with these numbers of tokens."""
+        offsets_B1 = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+        return cls(offsets_B1=offsets_B1, longest=max(lengths))
+
+    def layout(self, tokens: int, heads: int) -> Layout:
+        """Return the padded layout of `tokens` packed tokens, made at the first call: all blocks have the same."""
+        key = (tokens, heads)
+        if key not in self._layouts:
+            self._layouts[key] = layout(self.offsets_B1, tokens, self.longest, heads)
+        return self._layouts[key]
 
 
 def pad(qkv_1T3HW: Tensor, rows: Layout) -> Tensor:
