@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mnemos.kernels._common.launch import launch_counts
-from mnemos.kernels._common.loss_gradient import scale_gradient
+from mnemos.kernels._common.loss_gradient import differentiate_loss
 
 BLOCK = 4096  # values of one program: 32 of each tensor a thread
 
@@ -97,18 +97,7 @@ def _(student, teacher, factor, with_grad):
     return loss, torch.empty_like(student) if with_grad else student.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)  # nothing is differentiated through the gradient itself
-
-
-def _backward(ctx, upstream, _grad_of_grad):
-    (grad,) = ctx.saved_tensors
-    scale_gradient(grad, upstream)
-    return grad, None, None, None
-
-
-_feature_mse.register_autograd(_backward, setup_context=_setup_context)
+differentiate_loss(_feature_mse)
 
 
 # ---- public function: checks, then one call. The only name engine/ imports.

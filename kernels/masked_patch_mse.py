@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from mnemos.kernels._common.launch import launch_counts, row_launch
-from mnemos.kernels._common.loss_gradient import scale_gradient
+from mnemos.kernels._common.loss_gradient import differentiate_loss
 from mnemos.kernels._common.patches import check_patches, geometry, patch_offsets, raw_patches
 
 EPS = 1e-6  # added to the patch variance, in squared model units
@@ -164,18 +164,7 @@ def _(pred, images, ids, patch, channels, scale, flip, factor, with_grad):
     return loss, torch.empty_like(pred) if with_grad else pred.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)  # nothing is differentiated through the gradient itself
-
-
-def _backward(ctx, upstream, _grad_of_grad):
-    (grad,) = ctx.saved_tensors
-    scale_gradient(grad, upstream)
-    return (grad, *(None,) * 8)
-
-
-_masked_patch_mse.register_autograd(_backward, setup_context=_setup_context)
+differentiate_loss(_masked_patch_mse)
 
 
 # ---- public function: checks, then one call. The only name engine/ imports.

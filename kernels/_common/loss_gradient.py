@@ -8,6 +8,8 @@ the gradient it saved has changed.
 # Launch keywords such as num_warps are not in a kernel's signature.
 # pyright: reportCallIssue=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -56,3 +58,19 @@ def _(grad, upstream):
 @scale_gradient.register_fake
 def _(grad, upstream):
     return None
+
+
+def differentiate_loss(op: Any) -> None:
+    """Register the backward of an op that returns (loss, gradient of its first input for an upstream of 1)."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.num_others = len(inputs) - 1
+        ctx.set_materialize_grads(False)  # nothing is differentiated through the gradient itself
+
+    def backward(ctx: Any, upstream: Tensor, _grad_of_grad: None) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        scale_gradient(grad, upstream)
+        return (grad, *(None,) * ctx.num_others)
+
+    op.register_autograd(backward, setup_context=setup_context)
