@@ -19,7 +19,13 @@ def layer_packages(layer: str) -> list[str]:
 
 # data files that are part of a layer; a test compares the wheel with the tree
 DATA = ["py.typed", "*.json", "*.toml", "*.yaml", "*.sh", "*.sbatch"]
-TEST = ["pytest>=8", "setuptools>=70.1"]  # setuptools: tests/test_packaging.py builds the wheel
+TEST = [
+    "pytest>=8",
+    "setuptools>=70.1",  # tests/test_packaging.py builds the wheel
+    "hypothesis>=6.100",
+    "moto[s3,server]>=5.1",  # an S3 of our own
+    "tifffile>=2026.2",  # writes slides
+]
 
 setup(
     name="mnemos",
@@ -47,6 +53,8 @@ setup(
         "psutil>=6",
         "simplejpeg>=1.8",
         "blosc2>=3",
+        "xxhash>=3.5",
+        "obstore>=0.12,<0.13",  # S3, Google, Azure and HTTP in one package
         "Pillow>=11",
         "nibabel>=5.3",
         "pydicom>=3.0.2",  # 3.0.1 and earlier: path traversal through DICOMDIR, CVE-2026-32711
@@ -54,9 +62,12 @@ setup(
         "pylibjpeg-openjpeg>=2.4",
         "pylibjpeg-rle>=2.1",
         "pyjpegls>=1.5",
+        "openslide-python>=1.4",
+        "openslide-bin>=4.0.0.6",
     ],
     extras_require={
         "gpu": ["xformers>=0.0.35", "cupy-cuda13x>=14", "cuml-cu13>=26.10"],
+        "bench": ["opencv-python-headless>=4.10"],  # of a peer in bench/loader.py
         "test": TEST,
         # one minor release of each: another one finds other things in the same source
         "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<2.5", "types-PyYAML", "types-psutil", "types-tqdm"],

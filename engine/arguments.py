@@ -38,10 +38,15 @@ class Arguments:
     dry_run: bool
     fresh: bool
     run: Path | None
-    data: Path | None
+    data: Path | str | None
     preset: str | None
     overrides: dict[str, Any]
     deepspeed_config: Path | None
+
+
+def as_root(text: str) -> Path | str:
+    """Return a folder as a Path and an URL as it is."""
+    return text if "://" in text or text.startswith("pipe:") else Path(text)
 
 
 def make_parser() -> Parser:
@@ -70,9 +75,9 @@ def make_parser() -> Parser:
     parser.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: runs/<preset>)")
     parser.add_argument(
         "--data",
-        type=Path,
+        type=as_root,
         metavar="DIR",
-        help="a folder with one shard set a sub-folder (default: sample shards)",
+        help="a folder with one shard set a sub-folder, or its URL: http(s)://, s3://, gs://, az:// (default: sample shards)",
     )
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: sample)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")

@@ -6,6 +6,7 @@ replaced after every rank has written, and the checkpoint before is removed only
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ from mnemos.sharding.errors import UserError
 _POINTER = "current.json"
 
 
-def save_checkpoint(folder: Path, engine: Engine, step: int) -> None:
-    """Write a checkpoint of `step` finished updates; collective."""
+def save_checkpoint(folder: Path, engine: Engine, step: int, taken: dict[str, int]) -> None:
+    """Write a checkpoint of `step` finished updates; collective.
+
+    Args:
+        folder: of the stage's checkpoints.
+        engine: whose state is saved.
+        step: finished updates.
+        taken: samples taken of each set, by modality: the whole state of the data.
+    """
     name = f"step-{step:08d}"
     with dist.quiet():
         engine.engine.save_checkpoint(str(folder), tag=f"{name}.partial", save_latest=False)
@@ -32,6 +40,7 @@ def save_checkpoint(folder: Path, engine: Engine, step: int) -> None:
             "world_size": dist.world_size(),
             "zero": engine.stage,
             "bf16": engine.bf16,
+            "taken": taken,
         }
         write_atomically(folder / _POINTER, json.dumps(pointer) + "\n")
         for old in folder.glob("step-*"):
@@ -42,11 +51,16 @@ def save_checkpoint(folder: Path, engine: Engine, step: int) -> None:
     dist.on_main(publish)
 
 
-def restore_checkpoint(folder: Path, engine: Engine) -> int:
+def restore_checkpoint(folder: Path, engine: Engine, taken: Callable[[int], dict[str, int]]) -> int:
     """Load the last checkpoint, if there is one, and return its finished updates (0 without); collective.
 
+    Args:
+        folder: of the stage's checkpoints.
+        engine: that is restored.
+        taken: the samples this start would have taken of each set after a number of updates.
+
     Raises:
-        UserError: it was written by another number of ranks, ZeRO stage or precision, or it is damaged.
+        UserError: it was written by another number of ranks, ZeRO stage or precision, with other data, or it is damaged.
     """
     pointer: dict[str, Any] | None = dist.on_main(lambda: _read_pointer(folder))
     if pointer is None:
@@ -58,12 +72,18 @@ def restore_checkpoint(folder: Path, engine: Engine) -> int:
             f"the checkpoint {folder / pointer['name']} was written with {other}, this start has "
             f"{ {key: now[key] for key in other} }; go on as it was begun, or remove {folder} to begin the stage again"
         )
+    step: int = pointer["step"]
+    if pointer["taken"] != taken(step):
+        raise UserError(
+            f"the checkpoint {folder / pointer['name']} had taken {pointer['taken']} samples after {step} updates, this start "
+            f"would have taken {taken(step)}: batch, stages or buffers are others; go on as it was begun, or remove {folder} "
+            "to begin the stage again"
+        )
     with dist.quiet():
         loaded, _ = engine.engine.load_checkpoint(
             str(folder), tag=pointer["name"], load_lr_scheduler_states=False
         )
     assert loaded is not None, f"DeepSpeed found no checkpoint {pointer['name']} in {folder}"
-    step: int = pointer["step"]
     return step
 
 
@@ -75,7 +95,7 @@ def remove_checkpoints(folder: Path) -> None:
 def _read_pointer(folder: Path) -> dict[str, Any] | None:
     try:
         pointer: dict[str, Any] = json.loads((folder / _POINTER).read_text(encoding="utf-8"))
-        known = {"step", "name", "world_size", "zero", "bf16"} <= pointer.keys()
+        known = {"step", "name", "world_size", "zero", "bf16", "taken"} <= pointer.keys()
         sound = known and (folder / pointer["name"]).is_dir()
     except OSError:
         return None

@@ -23,8 +23,9 @@ from mnemos.engine.preparing import pack_texts
 from mnemos.engine.progress import Progress
 from mnemos.engine.weights import encode_unmasked, read_encoder
 from mnemos.kernels.counter_rng import stream_key
+from mnemos.sharding.bad_samples import BadSamples
 from mnemos.sharding.reader import ShardSet
-from mnemos.sharding.stream import RawBatch, Request, read_batch
+from mnemos.sharding.stream import OnSkip, RawBatch, Request, read_batch
 from mnemos.sharding.tokenizer import PAD
 from mnemos.sharding.writer import ShardSetWriter
 
@@ -37,20 +38,30 @@ def close_stage(plan: Plan, stage: Stage) -> dict[str, Any]:
     assert stage.data is not None
     device = dist.device()
     encoder = read_encoder(stage.directory).to(device)
-    train = ShardSet(stage.data, "train")
-    embedding_ND = embed(encoder, train, device, title=f"embedding {stage.name}")
-    facts = dist.on_main(lambda: _write_buffer(plan, stage, train, embedding_ND))
+    train = ShardSet(stage.data, "train", plan.store)
+    bad = BadSamples(plan.settings.data.max_bad)
+    embedding_ND = embed(encoder, train, device, title=f"embedding {stage.name}", on_skip=bad.note)
+    broken = sorted(number for _, _, number in dist.join(bad.reasons))
+    facts = dist.on_main(lambda: _write_buffer(plan, stage, train, embedding_ND, broken))
     return {**facts, "drift": drift(plan, stage, encoder, device)}
 
 
 @torch.no_grad()
-def embed(encoder: Encoder, shards: ShardSet, device: torch.device, *, title: str = "") -> Tensor:
+def embed(
+    encoder: Encoder,
+    shards: ShardSet,
+    device: torch.device,
+    *,
+    title: str = "",
+    on_skip: OnSkip | None = None,
+) -> Tensor:
     """Return the pooled features fp32 [N, D] of a shard set on the CPU, nothing masked; data-parallel, collective.
 
     Args:
         encoder: in eval mode on `device`.
         shards: what to embed.
         title: of the progress bar; silent without one.
+        on_skip: told of broken samples, which get the features of their follower; None refuses them.
     """
     size = GPU_BATCH if device.type == "cuda" else BATCH
     world, rank = dist.world_size(), dist.rank()
@@ -62,7 +73,8 @@ def embed(encoder: Encoder, shards: ShardSet, device: torch.device, *, title: st
             numbers = numbers[numbers < len(shards)]
             if len(numbers):
                 request = Request(step=0, member=0, samples=numbers, places=numbers)
-                features = _features(encoder, shards, read_batch([shards], request), device)
+                raw = read_batch([shards], request, on_skip)
+                features = _features(encoder, shards, raw, device)
                 rows_RD[start : start + len(numbers)] = features
             progress.advance(len(numbers))
     return dist.gather_rows(rows_RD)[: len(shards)].cpu()
@@ -77,20 +89,26 @@ def _features(encoder: Encoder, shards: ShardSet, raw: RawBatch, device: torch.d
     return pooled(encode_unmasked(encoder, kind, raw.data, raw.scale_B, raw.shift_B), None)
 
 
-def _write_buffer(plan: Plan, stage: Stage, train: ShardSet, embedding_ND: Tensor) -> dict[str, Any]:
-    """Choose the samples and write them as a shard set of their own."""
+def _write_buffer(
+    plan: Plan, stage: Stage, train: ShardSet, embedding_ND: Tensor, broken: list[int]
+) -> dict[str, Any]:
+    """Choose the samples, none of the broken ones, and write them as a shard set of their own."""
     settings = plan.settings
     count = num_clusters(len(train), settings.buffer.clusters_percent / 100)
     seed = stream_key(settings.training.seed, stage.name, "kmeans")
     clusters = kmeans(embedding_ND, count, seed % (1 << 32))
     keys_N = train.index["key"]
-    chosen = nearest_of_each(clusters.labels, clusters.distances, keys_N, settings.buffer.per_cluster)
+    distances = clusters.distances.copy()
+    distances[broken] = np.inf
+    chosen = nearest_of_each(clusters.labels, distances, keys_N, settings.buffer.per_cluster)
+    chosen = chosen[np.isfinite(distances[chosen])]
     shutil.rmtree(stage.buffer, ignore_errors=True)  # of an interrupted closing
     manifest = train.manifest
-    tokenizer = None if manifest.tokenizer is None else train.directory / manifest.tokenizer.file
+    tokenizer = None if manifest.tokenizer is None else train.tokenizer_file()
     with ShardSetWriter(
         stage.buffer,
         modality=manifest.modality,
+        source="buffer",
         shape=manifest.shape,
         spacing_mm=manifest.spacing_mm,
         preset=manifest.preset,
@@ -127,11 +145,12 @@ def drift(plan: Plan, stage: Stage, encoder: Encoder, device: torch.device) -> d
     for earlier in plan.earlier(stage):
         if earlier.data is None:
             continue
-        held_out = ShardSet(earlier.data, "val")
+        held_out = ShardSet(earlier.data, "val", plan.store)
         if len(held_out) < 2:  # no variance to measure against
             continue
-        then_ND = embed(read_encoder(earlier.directory).to(device), held_out, device)
-        now_ND = embed(encoder, held_out, device)
+        bad = BadSamples(plan.settings.data.max_bad)
+        then_ND = embed(read_encoder(earlier.directory).to(device), held_out, device, on_skip=bad.note)
+        now_ND = embed(encoder, held_out, device, on_skip=bad.note)
         moved = (now_ND - then_ND).double().square().mean()
         found[earlier.name] = float(moved / then_ND.double().var(dim=0).mean())
     return found

@@ -5,17 +5,18 @@ asked stage is done first.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mnemos.engine.arguments import Arguments
+from mnemos.engine.arguments import Arguments, as_root
 from mnemos.engine.run_directory import CARD, WEIGHTS, RunDirectory, Status
 from mnemos.engine.settings import Settings, as_flat, resolve
 from mnemos.engine.slots import Schedule
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import MANIFEST_FILE, Manifest, load_manifest
 from mnemos.sharding.modalities import DEFAULT_ORDER, STORED_SIZES
+from mnemos.sharding.storage import StoreOptions, list_sets, open_store
 
 BUFFER = "buffer"
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -28,7 +29,7 @@ class Stage:
     Attributes:
         number: from 1.
         directory: the stage's folder in the run.
-        data: its shard set; None for a finished stage whose data is no longer there.
+        data: its shard set, a folder or an URL; None for a finished stage whose data is no longer there.
         manifest: of the data, or of the buffer where the data is gone.
         status: as the ledger has it.
     """
@@ -36,7 +37,7 @@ class Stage:
     number: int
     name: str
     directory: Path
-    data: Path | None
+    data: Path | str | None
     manifest: Manifest
     status: Status
 
@@ -54,7 +55,7 @@ class Plan:
         run: the run's folder.
         stages: all stages up to the asked one.
         todo: those to be done now.
-        data: folder with the shard sets.
+        data: folder (or URL) with the shard sets.
         deepspeed: the user's DeepSpeed configuration.
         dry_run: print and stop.
     """
@@ -63,10 +64,14 @@ class Plan:
     settings: Settings
     stages: tuple[Stage, ...]
     todo: tuple[Stage, ...]
-    data: Path
+    data: Path | str
     deepspeed: dict[str, Any] | None
     dry_run: bool
-    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def store(self) -> StoreOptions:
+        """How object stores are read."""
+        return store_options(self.settings)
 
     def earlier(self, stage: Stage) -> tuple[Stage, ...]:
         """Return the stages before one."""
@@ -76,8 +81,10 @@ class Plan:
         """Return the stages whose buffers are rehearsed in one."""
         return self.earlier(stage) if self.settings.rehearsal.strategy == "medcoss" else ()
 
-    def schedule(self, stage: Stage, buffer_sizes: tuple[int, ...]) -> Schedule:
-        """Return the stage's updates, given the sizes of the rehearsed buffers."""
+    def schedule(
+        self, stage: Stage, buffer_sizes: tuple[int, ...], shards: tuple[tuple[int, ...], ...] = ()
+    ) -> Schedule:
+        """Return the stage's updates, given the sizes of the rehearsed buffers, and the samples by shard of all sets."""
         training = self.settings.training
         size = stage.manifest.splits["train"].samples
         per_epoch = max(1, size // training.batch)
@@ -88,6 +95,8 @@ class Plan:
             least_share=self.settings.rehearsal.least_share,
             seed=training.seed,
             stage=stage.name,
+            shards=shards,
+            streams=self.settings.data.streams,
         )
 
 
@@ -114,11 +123,12 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
     ledger = run.ledger() if begun else {"stages": []}
     known = {entry["name"]: entry for entry in ledger["stages"]}
     _check_batches(settings, world_size)
-    data = arguments.data or (Path(ledger["data"]) if "data" in ledger else None)
+    data = arguments.data or (as_root(ledger["data"]) if "data" in ledger else None)
     if data is None:
         _stage_names(arguments.stage, settings, known, DEFAULT_ORDER)  # a wrong name makes no sample shards
         data = _default_data(settings)
-    sets = find_shard_sets(data)
+    asked = (*settings.curriculum.stages, *known, arguments.stage)
+    sets = find_shard_sets(data, asked, store_options(settings))
     names = _stage_names(arguments.stage, settings, known, sets)
     stages = []
     for number, name in enumerate(names, start=1):
@@ -137,7 +147,7 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
         settings=settings,
         stages=tuple(stages),
         todo=tuple(todo),
-        data=next(iter(sets.values())).parent,
+        data=data if isinstance(data, str) else next(iter(sets.values())).parent,
         deepspeed=deepspeed,
         dry_run=arguments.dry_run,
     )
@@ -149,32 +159,63 @@ def make_plan(arguments: Arguments, world_size: int) -> Plan:
     return plan
 
 
-def find_shard_sets(folder: Path) -> dict[str, Path]:
-    """Return the shard sets below a folder, by modality.
+def store_options(settings: Settings) -> StoreOptions:
+    """Return how object stores are read under some settings."""
+    data = settings.data
+    return StoreOptions(
+        cache_dir=Path(data.cache).expanduser() if data.cache else None,
+        cache_bytes=int(data.cache_gb * 1e9),
+        pipe=data.pipe,
+    )
+
+
+def find_shard_sets(
+    root: Path | str, names: Collection[str] = (), options: StoreOptions | None = None
+) -> dict[str, Any]:
+    """Return the shard sets below a folder or an URL, by modality.
+
+    Args:
+        root: the folder or URL.
+        names: of the sub-folders that are tried below an URL, where nothing can be listed.
+        options: of an object store.
 
     Raises:
         UserError: the folder is missing or empty, a set is damaged, or two sets are of one modality.
+        StoreError: the object store cannot be reached.
     """
     hint = "make sets with `python -m mnemos.sharding.build MODALITY INPUT --out FOLDER/MODALITY`"
+    if isinstance(root, str):
+        places: dict[str, Path | str] = dict(list_sets(root, tuple(dict.fromkeys(names)), options))
+        if not places:
+            raise UserError(
+                f"--data {root}: holds no shard set under {', '.join(dict.fromkeys(names))}; upload each set to a sub-folder "
+                "named as its modality"
+            )
+    else:
+        places = _sets_in_folder(root, hint)
+    sets: dict[str, Path | str] = {}
+    for folder, place in places.items():
+        name = load_manifest(open_store(place, options)).name
+        if name in sets:
+            raise UserError(
+                f"--data {root}: {str(sets[name]).rsplit('/', 1)[-1]} and {folder} both hold {name}; keep one of them there"
+            )
+        sets[name] = place
+    if not sets:
+        raise UserError(f"--data {root}: holds no shard set (a sub-folder with {MANIFEST_FILE}); {hint}")
+    return sets
+
+
+def _sets_in_folder(folder: Path, hint: str) -> dict[str, Path | str]:
     if not folder.is_dir():
         raise UserError(f"--data {folder}: there is no such folder; {hint}")
     if (folder / MANIFEST_FILE).exists():
         raise UserError(
             f"--data {folder}: is itself a shard set; name the folder that holds it, {folder.parent}"
         )
-    sets: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not (path / MANIFEST_FILE).exists():
-            continue  # a hidden one is being written, or its writer was killed
-        name = load_manifest(path).name
-        if name in sets:
-            raise UserError(
-                f"--data {folder}: {sets[name].name} and {path.name} both hold {name}; keep one of them there"
-            )
-        sets[name] = path
-    if not sets:
-        raise UserError(f"--data {folder}: holds no shard set (a sub-folder with {MANIFEST_FILE}); {hint}")
-    return sets
+    # a hidden one is being written, or its writer was killed
+    below = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return {path.name: path for path in below if (path / MANIFEST_FILE).exists()}
 
 
 def _default_data(settings: Settings) -> Path:
@@ -214,7 +255,7 @@ def _stage(
     number: int,
     name: str,
     entry: dict[str, Any],
-    sets: dict[str, Path],
+    sets: dict[str, Any],
     settings: Settings,
 ) -> Stage:
     directory = run.stage(number, name)
@@ -231,7 +272,8 @@ def _stage(
                 f"{directory}: the ledger calls stage {name} {entry['status']}, but {' and '.join(lost)} "
                 f"{'is' if len(lost) == 1 else 'are'} missing; restore the folder, or start over with --fresh"
             )
-    manifest = load_manifest(data if data is not None else directory / BUFFER)
+    place = data if data is not None else directory / BUFFER
+    manifest = load_manifest(open_store(place, store_options(settings)))
     _check_size(manifest, settings, data or directory)
     _check_model(manifest, settings)
     fingerprint = entry.get("data")
@@ -245,7 +287,7 @@ def _stage(
     )
 
 
-def _check_size(manifest: Manifest, settings: Settings, where: Path) -> None:
+def _check_size(manifest: Manifest, settings: Settings, where: Path | str) -> None:
     """Refuse shards of another size or spacing than the preset's."""
     size = STORED_SIZES[settings.preset]
     wanted = {"text": (size.text,), "image": size.image, "volume": size.volume}[manifest.kind]

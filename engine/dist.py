@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 _group_timeout: timedelta | None = None  # of process groups made from now on
 
 _LAUNCHERS = (  # what launchers call rank, world size and local rank
@@ -188,6 +190,17 @@ def total(tensor: "torch.Tensor") -> "torch.Tensor":
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def join(mine: dict[K, V]) -> dict[K, V]:
+    """Return the dictionaries of all ranks as one, the same on every rank; collective."""
+    import torch.distributed as group
+
+    if world_size() == 1:
+        return dict(mine)
+    parts: list[dict[K, V]] = [{}] * world_size()
+    group.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def least(number: int) -> int:

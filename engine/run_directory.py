@@ -153,7 +153,7 @@ class RunDirectory:
             ledger["stages"].append({"name": name, **facts})
         write_atomically(self.path / LEDGER, json.dumps(ledger, indent=1) + "\n")
 
-    def set_stages(self, names: list[str], data: Path) -> None:
+    def set_stages(self, names: list[str], data: Path | str) -> None:
         """Write a pending entry for every stage that has none, in order, and where the data lies."""
         ledger = self.ledger()
         known = {entry["name"]: entry for entry in ledger["stages"]}

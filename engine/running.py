@@ -32,7 +32,7 @@ from mnemos.engine.stopping import BadNumbers, Stopped
 from mnemos.kernels.attention import attention
 from mnemos.kernels.packing import Packing
 from mnemos.sharding.command import BAD_DATA, TRY_AGAIN, USER_MISTAKE
-from mnemos.sharding.errors import DataError, UserError
+from mnemos.sharding.errors import DataError, StoreError, UserError
 
 
 def run_plan(plan: Plan) -> int:
@@ -56,6 +56,9 @@ def run_plan(plan: Plan) -> int:
     except BadNumbers as error:  # every rank sees the same losses
         _tell(f"error: {error}")
         return BAD_DATA
+    except StoreError as error:
+        print(f"error: rank {dist.rank()}: {error}; start the same command again", file=sys.stderr, flush=True)
+        return TRY_AGAIN
     except DataError as error:  # the rank that met the broken sample tells; the launcher ends the others
         print(
             f"error: rank {dist.rank()}: {error}; mend or rebuild that shard set", file=sys.stderr, flush=True
@@ -102,7 +105,7 @@ def _begin(run: RunDirectory, plan: Plan) -> None:
     known = [entry["name"] for entry in run.ledger()["stages"]]
     order = [stage.name for stage in plan.stages]
     later = [name for name in (*plan.settings.curriculum.stages, *known) if name not in order]
-    run.set_stages([*order, *dict.fromkeys(later)], plan.data.resolve())
+    run.set_stages([*order, *dict.fromkeys(later)], plan.data if isinstance(plan.data, str) else plan.data.resolve())
 
 
 def _do_stage(run: RunDirectory, plan: Plan, stage: Stage) -> None:

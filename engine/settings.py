@@ -123,6 +123,18 @@ class DataSettings(_Section):
     workers: int = Field(
         -1, ge=-1, description="reading processes a rank; -1: none on a CPU, up to four on a GPU"
     )
+    streams: int = Field(
+        16,
+        ge=1,
+        description="most canonical streams of a set: a batch takes as many samples from each, and a reader holds one shard "
+        "of each",
+    )
+    max_bad: float = Field(
+        0.01, ge=0, lt=1, description="share of a set's samples that may be broken; they are skipped and told"
+    )
+    cache: str = Field("", description="folder for shards fetched from an object store; empty: ~/.cache/mnemos/shards")
+    cache_gb: float = Field(20.0, gt=0, description="most the shards in it may take, in GB; the oldest are removed")
+    pipe: bool = Field(False, description="allow --data pipe:COMMAND, which runs a shell command for each shard")
     baseline_samples: int = Field(4096, ge=1, description="training samples behind the constant predictor")
 
 
@@ -154,6 +166,10 @@ FREE = {
     "training.validate_every",
     "training.checkpoint_every",
     "data.workers",
+    "data.max_bad",
+    "data.cache",
+    "data.cache_gb",
+    "data.pipe",
     "parallel.zero",
     "parallel.timeout_s",
 }

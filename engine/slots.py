@@ -2,7 +2,8 @@
 
 A stage's epoch is a shuffled list of slots; a slot is one global batch of one set (the current modality or one
 buffer), on all ranks. Source: Ye et al., CVPR 2024, and `max(1, floor(N / B))` slots a set, so that small buffers are
-rehearsed too. Here every sample of the current modality comes at most once in an epoch.
+rehearsed too. Here every sample of the current modality comes at most once in an epoch, in the order of
+`mnemos.sharding.order`.
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 
 from mnemos.kernels.stream_key import stream_key
 from mnemos.sharding.errors import UserError
+from mnemos.sharding.order import batch_samples, epoch_order, num_streams
 
 CURRENT = 0  # the set a stage is about; buffers of earlier stages follow in stage order
 
@@ -43,6 +45,8 @@ class Schedule:
 
     Attributes:
         sizes: samples of the current set and of every buffer.
+        shards: of the same sets, samples by shard; empty where they are not known (an estimate): one shard each.
+        streams: most canonical streams of a set.
         batch: samples of a global batch.
         pretext_steps: updates on the current set.
         least_share: least share of the updates for each buffer; 0 leaves `max(1, floor(N / B))` slots.
@@ -55,6 +59,8 @@ class Schedule:
     least_share: float
     seed: int
     stage: str
+    shards: tuple[tuple[int, ...], ...] = ()
+    streams: int = 16
 
     def check(self) -> None:
         """Refuse a least share that leaves nothing for the current modality.
@@ -91,9 +97,9 @@ class Schedule:
             total += int(current[rest - 1]) + 1
         return total
 
-    def steps_of(self, member: int) -> int:
-        """Return how many of the stage's updates go to one set."""
-        epochs, rest = divmod(self.num_steps, sum(self.slots_per_epoch))
+    def steps_of(self, member: int, until: int | None = None) -> int:
+        """Return how many of the stage's updates, or of the first `until` of them, go to one set."""
+        epochs, rest = divmod(self.num_steps if until is None else until, sum(self.slots_per_epoch))
         return epochs * self.slots_per_epoch[member] + int((self._members(epochs)[:rest] == member).sum())
 
     def slots(self, start: int = 0) -> Iterator[Slot]:
@@ -124,21 +130,27 @@ class Schedule:
     ) -> np.ndarray:
         """Return the samples of the slot-th slot of a set; a set that is too small goes round again."""
         size = self.sizes[member]
-        rows = np.arange(slot * self.batch, (slot + 1) * self.batch)
-        samples = np.empty(self.batch, dtype=np.int64)
-        for turn in range(rows[0] // size, rows[-1] // size + 1):
+        shards = self.shards[member] if self.shards else (size,)
+        streams = num_streams(batch=self.batch, samples=size, shards=len(shards), most=self.streams)
+        whole = size - size % streams
+        place, stop, parts = slot * self.batch, (slot + 1) * self.batch, []
+        while place < stop:
+            turn, at = divmod(place, whole)
             key = (int(member), int(turn))
             if key not in orders:
-                orders[key] = self._generator("order", epoch, *key).permutation(size)
-            here = rows // size == turn
-            samples[here] = orders[key][rows[here] % size]
-        return samples
+                orders[key] = epoch_order(shards, key=self._key("order", epoch, *key), streams=streams)
+            length = min(whole - at, stop - place)
+            parts.append(batch_samples(orders[key], at, at + length))
+            place += length
+        return np.concatenate(parts)
 
     def _generator(self, *parts: int | str) -> np.random.Generator:
-        key = stream_key(
+        return np.random.Generator(np.random.PCG64(self._key(*parts) % (1 << 64)))
+
+    def _key(self, *parts: int | str) -> int:
+        return stream_key(
             self.seed, self.stage, *(part if isinstance(part, str) else int(part) for part in parts)
         )
-        return np.random.Generator(np.random.PCG64(key % (1 << 64)))
 
 
 def rank_rows(batch: int, rank: int, world: int) -> slice:

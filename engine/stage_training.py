@@ -1,5 +1,6 @@
 """Train one stage: the pretext task on its own modality, distillation on the buffers of earlier ones."""
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -22,18 +23,22 @@ from mnemos.engine.optimizer import active_parts
 from mnemos.engine.parallel import Engine, computes_in_bf16
 from mnemos.engine.preparing import Phase, Preparer, Rows, TextBatch, TextRows, TextsReady
 from mnemos.engine.progress import Progress
+from mnemos.engine.run_directory import write_atomically
 from mnemos.engine.showing import show_predictions
 from mnemos.engine.slots import CURRENT, Schedule, learning_rate, micro_batches, rank_rows
 from mnemos.engine.stopping import BadNumbers, StopFlag, Stopped
 from mnemos.engine.validation import Validation
 from mnemos.engine.weights import modality_record, read_weights, save_encoder
 from mnemos.kernels.counter_rng import stream_key
+from mnemos.sharding.bad_samples import BadSamples
 from mnemos.sharding.modalities import STORED_SIZES
-from mnemos.sharding.reader import ShardSet
+from mnemos.sharding.reader import ShardSet, tokenizer_file
+from mnemos.sharding.storage import open_store
 from mnemos.sharding.stream import RawBatch, Request, stream
 from mnemos.sharding.tokenizer import load_tokenizer, starts_word
 
 CHECKPOINTS = "checkpoints"
+SKIPPED = "skipped.jsonl"
 OFFICIAL_VOCAB = 49_411  # rows of the authors' word table, whatever the tokenizer
 
 
@@ -79,7 +84,7 @@ def text_tokenizer(plan: Plan) -> Path | None:
     """Return the tokenizer file of the texts among the plan's stages."""
     for stage in plan.stages:
         if stage.manifest.tokenizer is not None:
-            return (stage.data or stage.buffer) / stage.manifest.tokenizer.file
+            return tokenizer_file(open_store(stage.data or stage.buffer, plan.store), stage.manifest)
     return None
 
 
@@ -99,10 +104,16 @@ class StageTraining:
         assert stage.data is not None
         rehearsed = plan.rehearsed(stage)
         self.sets = [
-            ShardSet(stage.data, "train"),
+            ShardSet(stage.data, "train", plan.store),
             *(ShardSet(earlier.buffer, "train") for earlier in rehearsed),
         ]
-        self.schedule = plan.schedule(stage, tuple(len(kept) for kept in self.sets[1:]))
+        self.schedule = plan.schedule(
+            stage,
+            tuple(len(kept) for kept in self.sets[1:]),
+            tuple(tuple(shard.samples for shard in kept.manifest.splits["train"].shards) for kept in self.sets),
+        )
+        self.bad = BadSamples(self.settings.data.max_bad)
+        self.known_bad = 0  # of all ranks, told already
         self.shape = encoder_shape(plan)
         model = make_model(plan, stage, self.shape)
         self.teacher = self._make_teacher(model.encoder) if rehearsed else None
@@ -131,12 +142,13 @@ class StageTraining:
             for kept in self.sets
         ]
         self.validation = Validation(
-            ShardSet(stage.data, "val"),
+            ShardSet(stage.data, "val", plan.store),
             self.sets[CURRENT],
             Preparer(self.settings, self.shape, starts_word_V, stream=f"{stage.name}/validation"),
             self.shape,
             device=self.device,
             dtype=self.dtype,
+            on_skip=self.bad.note,
         )
 
     def run(self) -> dict[str, Any]:
@@ -147,7 +159,7 @@ class StageTraining:
             BadNumbers: a loss is not finite.
         """
         begun = time.monotonic()
-        step = restore_checkpoint(self.stage.directory / CHECKPOINTS, self.engine)
+        step = restore_checkpoint(self.stage.directory / CHECKPOINTS, self.engine, self.taken)
         log = (
             MetricsLog(self.stage.directory, stage=self.stage.name, resume_at=step + 1)
             if dist.is_main()
@@ -166,6 +178,13 @@ class StageTraining:
         self._save()
         self.engine.release()
         return {**shown, "seconds": round(time.monotonic() - begun, 1)}
+
+    def taken(self, step: int) -> dict[str, int]:
+        """Return the place in the data after an update: the samples taken so far, by modality."""
+        return {
+            kept.manifest.name: self.schedule.steps_of(member, step) * self.schedule.batch
+            for member, kept in enumerate(self.sets)
+        }
 
     def _train(self, step: int, stop: StopFlag, progress: Progress, log: MetricsLog | None) -> dict[str, Any]:
         training = self.settings.training
@@ -194,7 +213,9 @@ class StageTraining:
                 progress.advance(len(pending), **_facts(pending, pace, latest))
                 pending, since = [], time.monotonic()
                 if stopped or (step % training.checkpoint_every < training.log_every and not last):
-                    save_checkpoint(self.stage.directory / CHECKPOINTS, self.engine, step)
+                    save_checkpoint(
+                        self.stage.directory / CHECKPOINTS, self.engine, step, self.taken(step)
+                    )
                 if stopped:
                     raise Stopped
             if step % training.validate_every == 0 and not last:
@@ -267,7 +288,7 @@ class StageTraining:
             kinds=[kept.manifest.kind for kept in self.sets],
             phases=[_phase(member) for member in range(len(self.sets))],
         )
-        return stream(self.sets, plan, ready=ready, workers=workers, pin=on_gpu)
+        return stream(self.sets, plan, ready=ready, on_skip=self.bad.note, workers=workers, pin=on_gpu)
 
     def _starts_word(self) -> Tensor | None:
         file = text_tokenizer(self.plan)
@@ -282,8 +303,8 @@ class StageTraining:
         pace: float,
     ) -> bool:
         """Read the losses since the last time, write them, and tell whether any rank was asked to stop."""
-        read = torch.cat([losses[: len(pending)], torch.tensor([float(stop.raised)], device=self.device)])
-        *values, stopped = dist.total(read).tolist()
+        flags = torch.tensor([float(stop.raised), float(len(self.bad))], device=self.device)
+        *values, stopped, num_bad = dist.total(torch.cat([losses[: len(pending)], flags])).tolist()
         for record, value in zip(pending, values, strict=True):
             record |= {"loss": value, "samples_per_s": round(pace, 2)}
         if log is not None:
@@ -295,7 +316,22 @@ class StageTraining:
                     f"{record['phase']}) is {record['loss']}; lower training.base_lr, or compute with "
                     "--set training.precision=fp32"
                 )
+        if num_bad > self.known_bad:
+            self.known_bad = int(num_bad)
+            self._tell_bad()
         return bool(stopped > 0)
+
+    def _tell_bad(self) -> None:
+        """Write the samples any rank has skipped, each once, with shard and key; collective.
+
+        Raises:
+            DataError: together the ranks have skipped more of a set than may be broken.
+        """
+        reasons = dist.join(self.bad.reasons)
+        if dist.is_main():
+            lines = "".join(json.dumps({"skipped": reason}) + "\n" for reason in sorted(reasons.values()))
+            write_atomically(self.stage.directory / SKIPPED, lines)
+        self.bad.check(reasons, self.sets)
 
     def _save(self) -> None:
         """Write the encoder and the pictures of the finished stage."""

@@ -20,7 +20,7 @@ from mnemos.engine.objectives import local_count, visible_patches
 from mnemos.engine.parallel import Engine
 from mnemos.engine.preparing import ImageRows, Preparer, Rows, TextRows
 from mnemos.sharding.reader import ShardSet
-from mnemos.sharding.stream import RawBatch, Request, read_batch
+from mnemos.sharding.stream import OnSkip, RawBatch, Request, read_batch
 
 MOST_SAMPLES = 2048  # of a validation loss; more would say nothing new and cost minutes on large sets
 
@@ -33,6 +33,7 @@ class Validation:
         train: the training split, behind the baselines.
         preparer: of validation.
         shape: of the encoder.
+        on_skip: told of broken samples; None refuses them.
     """
 
     def __init__(
@@ -44,16 +45,18 @@ class Validation:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        on_skip: OnSkip | None = None,
     ) -> None:
         self.samples = held_out if len(held_out) else train
         self.train, self.preparer, self.shape = train, preparer, shape
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.on_skip = device, dtype, on_skip
         self.batch = min(64, preparer.settings.training.batch)
         self._baselines: dict[str, float] | None = None
 
     def rows(self, numbers: np.ndarray) -> tuple[RawBatch, Rows]:
         """Return validation samples as stored, and ready with their masks."""
-        raw = read_batch([self.samples], Request(step=0, member=0, samples=numbers, places=numbers))
+        request = Request(step=0, member=0, samples=numbers, places=numbers)
+        raw = read_batch([self.samples], request, self.on_skip)
         manifest = self.samples.manifest
         if manifest.kind == "text":
             return raw, self.preparer.texts(raw, phase="pretext", training=False).to(self.device)
@@ -137,9 +140,8 @@ class Validation:
         numbers = np.linspace(0, len(self.train) - 1, min(most, len(self.train))).astype(np.int64)
         for start in range(0, len(numbers), self.batch):
             part = numbers[start : start + self.batch]
-            yield read_batch([self.train], Request(step=0, member=0, samples=part, places=part)).to(
-                self.device
-            )
+            request = Request(step=0, member=0, samples=part, places=part)
+            yield read_batch([self.train], request, self.on_skip).to(self.device)
 
 
 def _count(rows: Rows, device: torch.device) -> Tensor:

@@ -196,6 +196,7 @@ class PretrainedEncoder:
 def _read_samples(source: str | Path | np.ndarray, record: dict[str, Any]) -> list[Sample]:
     """Return what shards would hold of a file or an array, by the modality's own preprocessing."""
     from mnemos.sharding.sources.samples import find_units, read_unit
+    from mnemos.sharding.sources.source import FindOptions
 
     modality, size = Modality(**record["modality"]), STORED_SIZES[record["preset"]]
     if isinstance(source, np.ndarray):
@@ -213,9 +214,8 @@ def _read_samples(source: str | Path | np.ndarray, record: dict[str, Any]) -> li
             scale = 1 / max(float(source.std()), 1e-6)
             shift = -float(source.mean()) * scale
         return [Sample(array=source, source="array", scale=scale, shift=shift)]
-    columns = {"text_column": "text", "label_column": "label", "group_column": "group"}
     samples: list[Sample] = []
-    for unit in find_units(Path(source), modality, **columns, axes=""):
+    for unit in find_units(Path(source), modality, FindOptions()):
         outcome = read_unit(unit, modality, size)
         if reason := outcome.broken or outcome.left_out:
             raise UserError(f"{unit.name}: {reason}; give a sound file of modality {modality.name}")

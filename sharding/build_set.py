@@ -1,23 +1,21 @@
-"""Turn a folder of files into a shard set: find, label, split, read, write."""
+"""Turn a folder of files into a shard set: find, label, scrub, order, split, then read and write what is missing."""
 
-import os
-import tempfile
-from collections import Counter
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, Modality, StoredSize
 
 # Everything heavy (numpy, Pillow, nibabel, pydicom) is imported where it is used: --help answers at once.
 if TYPE_CHECKING:
+    from mnemos.sharding.journal import Journal
     from mnemos.sharding.manifest import Manifest
-    from mnemos.sharding.sources.samples import Outcome
     from mnemos.sharding.sources.units import Unit
-    from mnemos.sharding.writer import ShardSetWriter
 
-FEW_UNITS = 10  # below this number of files none may be broken; from it on, one always may
+MANY_CLASSES = 100  # with more, and a tenth as many as units, labels look like names
+_NO_SAY = ("input", "out", "labels", "key_file", "max_broken", "workers", "fresh")  # in the bytes of a set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +27,24 @@ class BuildOptions:
     """
 
     modality: str
-    source: Path
+    input: Path
     out: Path
+    source: str = ""
     preset: str = "sample"
     labels: Path | None = None
     text_column: str = "text"
     label_column: str = "label"
     group_column: str = "group"
     axes: str = ""
+    centre: str = "volume"
+    scrubber: str = ""
+    rare_words: int | None = None
     key_file: Path | None = None
     val_fraction: float = 0.15
     max_broken: float = 0.01
+    keep_duplicates: bool = False
+    shard_mb: float = 64
+    fresh: bool = False
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +53,16 @@ class BuildOptions:
                 raise UserError(f"{name} is {value:g}; a share from 0 to below 1 is allowed")
         if self.workers < 0:
             raise UserError(f"--workers is {self.workers}; 0 (one per core) or more is allowed")
+        if not 0 < self.shard_mb <= 1 << 20:
+            raise UserError(f"--shard-mb is {self.shard_mb:g}; more than 0 and at most {1 << 20} is allowed")
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the flags that have a say in the bytes of the set, with their values."""
+        return {
+            "MODALITY" if name == "modality" else f"--{name.replace('_', '-')}": value
+            for name, value in vars(self).items()
+            if name not in _NO_SAY
+        }
 
 
 @dataclass(kw_only=True)
@@ -57,80 +72,67 @@ class BuildReport:
     Attributes:
         manifest: of the set written.
         units: number of files, series or texts found.
+        values: by split, number of tokens, pixels or voxels stored.
         broken: (name, reason) of the files that could not be read.
-        left_out: number of sound files not kept, by reason.
-        dropped: number of nearly empty sub-volumes.
-        doubtful: number of volumes whose header looks made up.
-        kept: samples by (split, label).
+        resumed: number of samples that an earlier, stopped run had stored.
+        seconds: that this run took.
         notes: sentences the user should read.
     """
 
     manifest: "Manifest | None" = None
     units: int = 0
+    values: dict[str, int] = field(default_factory=dict)
     broken: list[tuple[str, str]] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    dropped: int = 0
-    doubtful: int = 0
-    kept: Counter[tuple[str, str]] = field(default_factory=Counter)
+    resumed: int = 0
+    seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 
 def build_set(options: BuildOptions) -> BuildReport:
-    """Turn a folder of files into a shard set.
+    """Turn a folder of files into a shard set, going on where a stopped build of it had got to.
 
     Raises:
-        UserError: anything the user can put right; nothing is left behind.
+        UserError: anything the user can put right. What is raised once shards are finished, this or another error,
+            has a note that says how much is kept; before that nothing is left behind.
     """
     modality, size = chosen(options.modality, options.preset)
-    from mnemos.sharding.keys import default_key_file, hashed_name, load_key
-    from mnemos.sharding.preprocess import recipe
-    from mnemos.sharding.sources.samples import find_units
+    from mnemos.sharding.build_head import head_of
+    from mnemos.sharding.journal import Journal
+    from mnemos.sharding.keys import hashed_name, open_key
+    from mnemos.sharding.manifest import load_manifest
+    from mnemos.sharding.preprocess import CENTRES, recipe
     from mnemos.sharding.splits import assign_splits
-    from mnemos.sharding.writer import ShardSetWriter, check_new_folder
+    from mnemos.sharding.writer import check_new_folder
 
-    check_new_folder(options.out)
-    report = BuildReport()
-    columns = {
-        name: getattr(options, name) for name in ("text_column", "label_column", "group_column", "axes")
-    }
-    units = _labelled(options, find_units(options.source, modality, **columns), report)
-    report.units = len(units)
-    if options.key_file is None and not default_key_file().exists():
-        report.notes.append(
-            f"a new secret key was made at {default_key_file()}; the same key gives the same shards"
-        )
-    key = load_key(options.key_file)
-    # In the order of keyed hashes: a stream read front to back is mixed, and tells nothing of the source.
-    units.sort(key=lambda unit: hashed_name(key, f"order:{unit.name}"))
-    splits = assign_splits(units, options.val_fraction, key)
-    if options.val_fraction and len({unit.group or unit.name for unit in units}) == 1:
-        report.notes.append("there is only one group: validation is its tail and not independent of training")
-    kind_shape = {"text": (size.text,), "image": size.image, "volume": size.volume}
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer_file = None
+    if options.centre not in CENTRES:
+        raise UserError(f"--centre is {options.centre!r}; choose one of {', '.join(CENTRES)}")
+    report, began = BuildReport(), time.monotonic()
+    with Journal(options.out) as journal:
+        if not journal.is_done():
+            check_new_folder(options.out)
+        units = _found(options, modality, report)
+        opened = open_key(options.key_file, options.out)
+        report.notes += [*opened.notes, *journal.notes]
+        steps = recipe(modality, size, options.centre)
         if modality.kind == "text":
-            tokenizer_file = Path(scratch) / "tokenizer.json"
-            _train_tokenizer(units, splits, size.vocab, tokenizer_file)
-        with ShardSetWriter(
-            options.out,
-            modality=modality,
-            shape=kind_shape[modality.kind],
-            spacing_mm=size.spacing_mm if modality.kind == "volume" else None,
-            preset=options.preset,
-            classes=tuple(sorted({unit.label for unit in units if unit.label})),
-            recipe=recipe(modality, size),
-            tokenizer_file=tokenizer_file,
-            key=key,
-        ) as writer:
-            _fill(writer, units, splits, modality, size, options, report)
-            report.manifest = writer.close()
-    if report.doubtful:
-        report.notes.append(
-            f"{report.doubtful} NIfTI headers state no position in the scanner, so that their orientation may "
-            "be made up: look at the sheet, and where it is turned name the true axes (--axes LPS)"
-        )
-    if options.val_fraction and not report.manifest.splits["val"].samples:
-        report.notes.append("the validation split is empty: its files were broken or left out")
+            units, scrubbed = _scrubbed(options, units, report)
+            steps |= scrubbed
+        # In the order of keyed hashes: a stream read front to back is mixed, and tells nothing of the source.
+        units.sort(key=lambda unit: hashed_name(opened.key, f"order:{unit.name}"))
+        splits = assign_splits(units, options.val_fraction, opened.key)
+        if options.val_fraction and len({unit.group or unit.name for unit in units}) == 1:
+            report.notes.append(
+                "there is only one group: validation is its tail and not independent of training"
+            )
+        journal.open(head_of(options.deciding(), units, opened.key), fresh=options.fresh)
+        if journal.is_done():
+            report.notes.append("the set was finished already, when its build was stopped")
+            report.manifest = load_manifest(options.out)
+        else:
+            report.resumed = sum(one.shard.samples for found in journal.finished.values() for one in found)
+            _write(options, journal, units, splits, steps, opened.key, report)
+    report.values = _values(options.out, report.manifest)
+    report.seconds = time.monotonic() - began
     return report
 
 
@@ -143,15 +145,33 @@ def chosen(modality: str, preset: str) -> tuple[Modality, StoredSize]:
     return MODALITIES[modality], STORED_SIZES[preset]
 
 
-def num_allowed_broken(total: int, fraction: float) -> int:
-    """Return how many of ``total`` files may be broken: the share, at least one; none of fewer than ten."""
-    return max(1, int(total * fraction)) if fraction and total >= FEW_UNITS else 0
+def _found(options: BuildOptions, modality: Modality, report: BuildReport) -> "list[Unit]":
+    """List the units and give them their labels."""
+    from mnemos.sharding.sources.samples import find_units
+    from mnemos.sharding.sources.source import FindOptions
+
+    find_options = FindOptions(
+        text_column=options.text_column,
+        label_column=options.label_column,
+        group_column=options.group_column,
+        axes=options.axes,
+        centre=options.centre,
+    )
+    units = _labelled(options, find_units(options.input, modality, find_options, options.source), report)
+    report.units = len(units)
+    classes = {unit.label for unit in units if unit.label}
+    if len(classes) > max(MANY_CLASSES, len(units) / 10):
+        raise UserError(
+            f"there are {len(classes)} different labels for {len(units)} files, and labels are stored in clear: these "
+            "look like names; name another column (--label-column) or label file (--labels), or join rare classes"
+        )
+    return units
 
 
 def _labelled(options: BuildOptions, units: "list[Unit]", report: BuildReport) -> "list[Unit]":
     from mnemos.sharding.sources.units import LABELS_FILE, attach_labels
 
-    root = options.source if options.source.is_dir() else options.source.parent
+    root = options.input if options.input.is_dir() else options.input.parent
     file = options.labels or root / LABELS_FILE
     if options.labels is None and not file.is_file():
         return units
@@ -164,77 +184,108 @@ def _labelled(options: BuildOptions, units: "list[Unit]", report: BuildReport) -
     return units
 
 
-def _train_tokenizer(units: "list[Unit]", splits: list[str], vocab: int, file: Path) -> None:
-    from mnemos.sharding.tokenizer import train_tokenizer
+def _scrubbed(
+    options: BuildOptions, units: "list[Unit]", report: BuildReport
+) -> "tuple[list[Unit], dict[str, str]]":
+    """Take identifiers out of texts; return the units and what was done, for the recipe."""
+    from mnemos.sharding.scrubbing import scrub_units
+    from mnemos.sharding.sources.registry import sources
 
-    texts = [unit.text for unit, split in zip(units, splits, strict=True) if split != "val" and unit.text]
-    if not texts:
-        raise UserError(f"none of the {len(units)} rows holds a text; check --text-column")
-    train_tokenizer(sorted(texts), vocab).save(str(file))
-
-
-def _fill(
-    writer: "ShardSetWriter",
-    units: "list[Unit]",
-    splits: list[str],
-    modality: Modality,
-    size: StoredSize,
-    options: BuildOptions,
-    report: BuildReport,
-) -> None:
-    """Read every unit and write its samples; stop as soon as too many are broken."""
-    from concurrent.futures.process import BrokenProcessPool
-
-    from tqdm import tqdm
-
-    from mnemos.sharding.sources.samples import read_units
-
-    allowed = num_allowed_broken(len(units), options.max_broken)
-    outcomes = read_units(units, modality, size, options.workers or len(os.sched_getaffinity(0)))
-    try:
-        progress = tqdm(outcomes, total=len(units), desc=modality.title, unit="file", disable=None)
-        for unit, split, outcome in zip(units, splits, progress, strict=True):
-            if outcome.broken:
-                report.broken.append((unit.name, outcome.broken))
-                if len(report.broken) > allowed:
-                    raise UserError(_too_many_broken(report.broken, len(units), allowed))
-            if outcome.left_out:
-                report.left_out[outcome.left_out] += 1
-            report.dropped += outcome.dropped
-            report.doubtful += outcome.doubtful
-            _write(writer, split, outcome, options.val_fraction, report)
-    except BrokenProcessPool as error:
-        raise OSError("a reading process was killed (out of memory?); --workers 1 needs the least") from error
-    if not report.kept:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in report.left_out.items())
-        raise UserError(
-            f"no sample could be made of {len(units)} files ({reasons}); check the modality and the preset"
-        )
-    writer.skipped = {**report.left_out}
-    if report.broken:
-        writer.skipped["broken file"] = len(report.broken)
-    if report.dropped:
-        writer.skipped["nearly empty sub-volume"] = report.dropped
+    public = sources()[options.source].public if options.source else False
+    scrubbed = scrub_units(units, scrubber=options.scrubber, least_groups=options.rare_words, public=public)
+    report.notes += scrubbed.notes
+    return scrubbed.units, scrubbed.recipe
 
 
 def _write(
-    writer: "ShardSetWriter", split: str, outcome: "Outcome", fraction: float, report: BuildReport
+    options: BuildOptions,
+    journal: "Journal",
+    units: "list[Unit]",
+    splits: list[str],
+    steps: dict[str, str],
+    key: bytes,
+    report: BuildReport,
 ) -> None:
-    from mnemos.sharding.splits import TAIL, num_validating
+    """Write what is missing of the set, and let it appear."""
+    from mnemos.sharding.build_fill import SetFiller
+    from mnemos.sharding.writer import ShardSetWriter
 
-    total = len(outcome.samples)
-    first_val = total - num_validating(total, fraction) if split == TAIL and total > 1 else total
-    for number, sample in enumerate(outcome.samples):
-        target = split if split != TAIL else "train" if number < first_val else "val"
-        writer.add(target, sample)
-        report.kept[target, sample.label] += 1
+    modality, size = chosen(options.modality, options.preset)
+    shape = {"text": (size.text,), "image": size.image, "volume": size.volume}[modality.kind]
+    tokenizer_file = None
+    if modality.kind == "text":
+        tokenizer_file = journal.folder / "tokenizer.json"
+        _train_tokenizer(units, splits, size.vocab, tokenizer_file)
+    with ShardSetWriter(
+        options.out,
+        modality=modality,
+        source=_source_names(options, units),
+        shape=shape,
+        spacing_mm=size.spacing_mm if modality.kind == "volume" else None,
+        preset=options.preset,
+        classes=tuple(sorted({unit.label for unit in units if unit.label})),
+        recipe=steps,
+        tokenizer_file=tokenizer_file,
+        key=key,
+        shard_bytes=round(options.shard_mb * (1 << 20)),
+        journal=journal,
+    ) as writer:
+        filled = SetFiller(
+            writer=writer,
+            journal=journal,
+            units=units,
+            splits=splits,
+            size=size,
+            fraction=options.val_fraction,
+            max_broken=options.max_broken,
+            keep_duplicates=options.keep_duplicates,
+        ).fill(options.workers, modality.title)
+        writer.skipped = filled.skipped
+        report.broken = filled.broken
+        report.manifest = writer.close()
+    if filled.doubtful:
+        report.notes.append(
+            f"{filled.doubtful} NIfTI headers state no position in the scanner, so that their orientation may "
+            "be made up: look at the sheet, and where it is turned name the true axes (--axes LPS)"
+        )
+    if options.val_fraction and not report.manifest.splits["val"].samples:
+        report.notes.append(
+            "the validation split is empty: its files were broken, left out or copies of others"
+        )
 
 
-def _too_many_broken(broken: list[tuple[str, str]], total: int, allowed: int) -> str:
-    listed = "; ".join(f"{name}: {reason}" for name, reason in broken[:5])
-    more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-    files = "file" if total == 1 else "files"
-    return (
-        f"{len(broken)} of {total} {files} cannot be read where {allowed} may be broken ({listed}{more}); "
-        "mend or remove them, or allow a larger share with --max-broken"
-    )
+def _train_tokenizer(units: "list[Unit]", splits: list[str], vocab: int, file: Path) -> None:
+    """Train the tokenizer on the training split, unless a stopped build did."""
+    from mnemos.sharding.durable import write_durably
+    from mnemos.sharding.tokenizer import train_tokenizer
+
+    if file.exists():
+        return
+    texts = [unit.text for unit, split in zip(units, splits, strict=True) if split != "val" and unit.text]
+    if not texts:
+        raise UserError(f"none of the {len(units)} rows holds a text; check --text-column")
+    write_durably(file, train_tokenizer(sorted(texts), vocab).to_str(pretty=True).encode())
+
+
+def _source_names(options: BuildOptions, units: "list[Unit]") -> str:
+    """Return the source's name; of several general ones those that gave a unit, joined."""
+    from mnemos.sharding.sources.registry import GENERAL, sources
+
+    if options.source:
+        return options.source
+    used = {unit.reader for unit in units}
+    return "+".join(name for name in GENERAL if used & set(sources()[name].readers))
+
+
+def _values(out: Path, manifest: "Manifest | None") -> dict[str, int]:
+    """Count what is stored in each split: tokens, pixels or voxels."""
+    from math import prod
+
+    from mnemos.sharding.manifest import load_index
+    from mnemos.sharding.storage import open_store
+
+    assert manifest is not None, "values are counted after the build"
+    if manifest.kind != "text":
+        return {name: split.samples * prod(manifest.shape) for name, split in manifest.splits.items()}
+    store = open_store(out)
+    return {name: int(load_index(store, manifest, name)["size"].sum()) // 2 for name in manifest.splits}

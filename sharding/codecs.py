@@ -2,14 +2,22 @@
 
 ``jpg`` (quality 95, no chroma subsampling) and ``png`` hold uint8 [C, Y, X], C = 1 or 3; ``vol`` holds int16
 [Z, Y, X] as blosc2 (LZ4, byte shuffle), about 17 times faster to open than .nii.gz of the same size; ``ids``
-holds little-endian uint16 token ids. A decoder is told the size it must find and checks it before anything is
-allocated.
+holds little-endian uint16 token ids. Two more are read from a user's own tars, never written: ``npy`` (int16
+volume) and ``txt`` (UTF-8). A decoder writes into an array of the size it must find and refuses anything else
+before it allocates. A pickle is never decoded.
 """
 
 import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Buffer = bytes | memoryview
 JPEG_QUALITY = 95
 
 
@@ -40,26 +48,27 @@ def encode_image(image_CYX: np.ndarray, payload: str = "jpg") -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(data: bytes, payload: str, shape_CYX: tuple[int, int, int]) -> np.ndarray:
-    """Decode to uint8 [C, Y, X] of exactly this shape; ValueError where the bytes hold anything else."""
-    channels, height, width = shape_CYX
-    if payload == "jpg":
-        import simplejpeg
+def decode_jpeg(data: Buffer, out_YXC: np.ndarray) -> None:
+    """Decode a JPEG into uint8 [Y, X, C], C = 1 (grey) or 3 (RGB), of exactly its size; ValueError otherwise."""
+    import simplejpeg
 
-        found = simplejpeg.decode_jpeg_header(data)[:2]
-        if found != (height, width):
-            raise ValueError(f"the image is {found[0]}x{found[1]}, not {height}x{width}")
-        image_YXC = simplejpeg.decode_jpeg(data, colorspace="GRAY" if channels == 1 else "RGB")
-    else:
-        from PIL import Image
+    height, width, channels = out_YXC.shape
+    found = simplejpeg.decode_jpeg_header(data)[:2]
+    if found != (height, width):
+        raise ValueError(f"the image is {found[0]}x{found[1]}, not {height}x{width}")
+    simplejpeg.decode_jpeg(data, colorspace="GRAY" if channels == 1 else "RGB", buffer=out_YXC)
 
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            if (picture.height, picture.width) != (height, width):
-                raise ValueError(f"the image is {picture.height}x{picture.width}, not {height}x{width}")
-            image_YXC = np.array(picture.convert("L" if channels == 1 else "RGB")).reshape(
-                height, width, channels
-            )
-    return np.ascontiguousarray(image_YXC.transpose(2, 0, 1))
+
+def decode_png(data: Buffer, out_YXC: np.ndarray) -> None:
+    """Decode a PNG as `decode_jpeg` does a JPEG."""
+    from PIL import Image
+
+    height, width, channels = out_YXC.shape
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+        if (picture.height, picture.width) != (height, width):
+            raise ValueError(f"the image is {picture.height}x{picture.width}, not {height}x{width}")
+        image = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    out_YXC[...] = image.reshape(out_YXC.shape)
 
 
 def encode_volume(volume_ZYX: np.ndarray) -> bytes:
@@ -75,16 +84,37 @@ def encode_volume(volume_ZYX: np.ndarray) -> bytes:
     )
 
 
-def decode_volume(data: bytes, shape_ZYX: tuple[int, int, int]) -> np.ndarray:
-    """Decode to int16 [Z, Y, X] of exactly this shape; ValueError where the bytes hold anything else."""
+def decode_volume(data: Buffer, out_ZYX: np.ndarray) -> None:
+    """Decode a ``vol`` payload into int16 [Z, Y, X] of exactly its size; ValueError otherwise."""
     import blosc2
 
-    blosc2.set_nthreads(1)  # the loader's workers are the parallelism
-    expected = 2 * int(np.prod(shape_ZYX))
-    found = blosc2.get_cbuffer_sizes(data)[0]
-    if found != expected:
-        raise ValueError(f"the volume holds {found} bytes, not the {expected} of {shape_ZYX} int16 voxels")
-    return np.frombuffer(blosc2.decompress(data), dtype="<i2").reshape(shape_ZYX).astype(np.int16)
+    found = blosc2.get_cbuffer_sizes(data)
+    if found[0] != out_ZYX.nbytes or found[1] != len(data):
+        expected = f"{out_ZYX.nbytes} of {out_ZYX.shape} int16 voxels"
+        raise ValueError(f"the volume holds {found[0]} bytes in {found[1]}, not {expected} in {len(data)}")
+    blosc2.set_nthreads(1)  # the reading processes are the parallelism
+    blosc2.decompress(data, dst=out_ZYX)
+
+
+def decode_npy(data: Buffer, out_ZYX: np.ndarray) -> None:
+    """Copy an ``npy`` payload into int16 [Z, Y, X] of exactly its size; ValueError otherwise."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if shape != out_ZYX.shape or dtype != np.dtype("<i2") or fortran:
+        raise ValueError(f"the array is {dtype} {shape}, not int16 {out_ZYX.shape} in C order")
+    if len(data) - stream.tell() != out_ZYX.nbytes:
+        raise ValueError(f"the array has {len(data) - stream.tell()} bytes, not {out_ZYX.nbytes}")
+    out_ZYX[...] = np.frombuffer(data, dtype=dtype, offset=stream.tell()).reshape(shape)
+
+
+DECODERS: dict[str, Callable[[Buffer, np.ndarray], None]] = {
+    "jpg": decode_jpeg,
+    "png": decode_png,
+    "vol": decode_volume,
+    "npy": decode_npy,
+}
 
 
 def encode_ids(ids: np.ndarray) -> bytes:
@@ -94,8 +124,21 @@ def encode_ids(ids: np.ndarray) -> bytes:
     return np.asarray(ids, dtype="<u2").tobytes()
 
 
-def decode_ids(data: bytes, most: int) -> np.ndarray:
+def decode_ids(data: Buffer, most: int) -> np.ndarray:
     """Decode to uint16 [n], 1 <= n <= most; ValueError where the bytes hold anything else."""
     if len(data) % 2 or not 2 <= len(data) <= 2 * most:
         raise ValueError(f"{len(data)} bytes are not between 1 and {most} token ids")
     return np.frombuffer(data, dtype="<u2").astype(np.uint16)
+
+
+def decode_text(data: Buffer, most: int, tokenizer: "Tokenizer") -> np.ndarray:
+    """Tokenise a ``txt`` payload: uint16 [n], 1 <= n <= most; ValueError where no token comes of it."""
+    ids: list[int] = tokenizer.encode(bytes(data).decode("utf-8")).ids[:most]
+    if not ids:
+        raise ValueError("the text is empty")
+    return np.array(ids, dtype=np.uint16)
+
+
+def span_checksum(span: Buffer) -> int:
+    """Return the checksum of a sample's whole span in its tar, headers and padding included: XXH3, 64 bits."""
+    return xxhash.xxh3_64_intdigest(span)

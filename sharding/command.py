@@ -25,20 +25,20 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
 
     0 done; 2 the user's mistake; 65 data bad beyond the set rate; 75 the machine's trouble (disk full, a
     worker killed), worth another try; 130 interrupted. Anything else is our bug and keeps its traceback.
+    What a command keeps of work it could not finish it says in a note of the exception.
     """
     previous = signal.signal(signal.SIGTERM, _as_interrupt)  # so that cleaning up happens then, too
     try:
         command(argv)
     except UserError as error:
-        return _say(error, USER_MISTAKE)
+        return _say(USER_MISTAKE, str(error), _kept(error))
     except DataError as error:
-        return _say(error, BAD_DATA)
+        return _say(BAD_DATA, str(error), _kept(error))
     except OSError as error:
-        return _say(
-            f"the machine refused: {error}; nothing was written, start the same command again", TRY_AGAIN
-        )
-    except KeyboardInterrupt:
-        return _say("interrupted; nothing was written", INTERRUPTED)
+        kept = _kept(error) or "nothing was written, start the same command again"
+        return _say(TRY_AGAIN, f"the machine refused: {error}", kept)
+    except KeyboardInterrupt as error:
+        return _say(INTERRUPTED, "interrupted", _kept(error) or "nothing was written")
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
@@ -48,6 +48,12 @@ def _as_interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _say(what: object, code: int) -> int:
-    print("error:", " ".join(str(what).split()), file=sys.stderr)
+def _kept(error: BaseException) -> str:
+    """Return what the command says it keeps, "" where it says nothing."""
+    return " ".join(getattr(error, "__notes__", []))
+
+
+def _say(code: int, *parts: str) -> int:
+    sentence = "; ".join(part for part in parts if part)
+    print("error:", " ".join(sentence.split()), file=sys.stderr)
     return code

@@ -30,3 +30,10 @@ class LeftOut(ValueError):
 
     The message is a reason without any name in it, because it is counted in the manifest.
     """
+
+
+class StoreError(OSError):
+    """A file system or an object store that failed after every retry; the message names the shard.
+
+    Worth another try later: command lines exit 75.
+    """

@@ -5,24 +5,50 @@ that made them, and size and hash of every file of the set. It names no source f
 """
 
 import hashlib
+import io
 import json
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.modalities import Kind, Modality
+from mnemos.sharding.storage import Store, open_store
 
-FORMAT = "mnemos-shards-1"
+FORMAT = "mnemos-shards-2"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.npz"
 SPLITS = ("train", "val")
+IN_PLACE = "index"  # source of a set whose tars are the user's own: other names, other members
+MANIFEST_BYTES = (
+    64 << 20
+)  # most that is read of a manifest, and of an index: nothing of a set is read unbounded
+INDEX_BYTES = 8 << 30
+COLUMNS: dict[str, Any] = {  # of an index; a set may carry more
+    "key": "S16",
+    "shard": np.int32,
+    "start": np.int64,
+    "span": np.int32,
+    "checksum": np.uint64,
+    "offset": np.int64,
+    "size": np.int32,
+    "label": np.int32,
+    "group": "S16",
+    "scale": np.float32,
+    "shift": np.float32,
+}
 BUILD_HINT = "make one with `python -m mnemos.sharding.build MODALITY INPUT --out DIR`"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file: its name inside the split's folder, samples held, size and SHA-256."""
+    """One tar file: its path inside the set, with forward slashes; samples of the split in it; size and SHA-256.
+
+    Both splits may name one tar, where a user's own tars were indexed as they are.
+    """
 
     name: str
     samples: int
@@ -32,10 +58,14 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One half of a set: number of samples and of groups, SHA-256 of its index.npz, shards in order."""
+    """One half of a set: samples, groups, samples by class, SHA-256 of its index.npz, shards in order.
+
+    The index has each sample's place, checksum, class and group; the classes are the manifest's.
+    """
 
     samples: int
     groups: int
+    labels: dict[str, int]
     index_sha256: str
     shards: tuple[Shard, ...]
 
@@ -61,11 +91,13 @@ class Manifest:
     Attributes:
         modality: the whole record; its fields are also readable as ``.name .title .kind .channels .values
             .augment``.
-        payload: extension of the samples' payload: "jpg" or "png" (image), "vol" (volume), "ids" (text).
+        payload: extension of the samples' payload: "jpg" or "png" (image), "vol" (volume), "ids" (text); in a
+            user's own tars also "npy" (volume) and "txt" (text).
         shape: stored size: image (Y, X), volume (Z, Y, X), text (most ids,). Channels are in the modality.
         spacing_mm: (Z, Y, X) millimetres a voxel; None for images and texts.
         classes: class names; the index column ``label`` counts into them, -1 is "no label".
         preset: the size preset the set was built for.
+        source: what the samples were made from: the name of a source, "synthetic", "merge", "index" or "buffer".
         recipe: how a source file became a stored sample: one readable sentence per step.
         skipped: number of source files left out, by reason.
         tokenizer: texts only.
@@ -81,6 +113,7 @@ class Manifest:
     spacing_mm: tuple[float, ...] | None
     classes: tuple[str, ...]
     preset: str
+    source: str
     recipe: dict[str, str]
     splits: dict[str, Split]
     skipped: dict[str, int] = field(default_factory=dict)
@@ -98,7 +131,7 @@ class Manifest:
     def content_fingerprint(self) -> str:
         """Return the SHA-256 (hex) of what the set stores, whoever built it, when and from where."""
         record = asdict(self)
-        for name in ("preset", "recipe", "skipped", "version", "fingerprint"):
+        for name in ("preset", "source", "recipe", "skipped", "version", "fingerprint"):
             del record[name]
         record["format"] = FORMAT
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -112,41 +145,132 @@ def file_sha256(path: Path) -> str:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into an existing folder, replacing an older one in one step."""
-    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1, ensure_ascii=False)
     partial = directory / f".{MANIFEST_FILE}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_bytes(_sealed({"format": FORMAT, **asdict(manifest)}))
     partial.replace(directory / MANIFEST_FILE)
 
 
-def load_manifest(directory: Path | str) -> Manifest:
+def _sealed(record: dict[str, Any]) -> bytes:
+    """Return the manifest's bytes; its last field is the SHA-256 of all the others, written the same way."""
+
+    def written(checksum: str) -> bytes:
+        text = json.dumps({**record, "checksum": checksum}, indent=1, ensure_ascii=False)
+        return f"{text}\n".encode()
+
+    return written(hashlib.sha256(written("")).hexdigest())
+
+
+def load_manifest(root: Path | str | Store) -> Manifest:
     """Read and check a shard set's manifest.
 
+    Args:
+        root: the set's folder or URL, or its store.
+
     Returns:
-        The manifest; every file it names exists and has the size it says (contents are checked on reading).
+        The manifest; of a local set, every file it names exists and has the size it says (contents are checked on
+        reading).
 
     Raises:
         UserError: the folder is missing, empty, no shard set, or damaged; the sentence says which.
+        StoreError: the store cannot be reached.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(
-            f"data folder {directory} does not exist; a shard set is expected there: {BUILD_HINT}"
-        )
-    file = directory / MANIFEST_FILE
-    if not file.is_file():
-        state = "holds no manifest.json" if any(directory.iterdir()) else "is empty"
-        raise UserError(f"data folder {directory} {state}; a shard set is expected there: {BUILD_HINT}")
+    store = open_store(root) if isinstance(root, Path | str) else root
+    manifest = read_manifest(store)
+    if store.local is not None:
+        _check_files(store.local, manifest)
+    return manifest
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Read and check the manifest alone, as `load_manifest` does before it looks at the other files."""
+    _check_there(store)
+    where = f"{store.root}/{MANIFEST_FILE}"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if record.pop("format") != FORMAT:
+        content = store.read_small(MANIFEST_FILE, MANIFEST_BYTES)
+        record = json.loads(content)
+        if record["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
+        del record["checksum"]
+        sealed = _sealed(record)
+        del record["format"]
         manifest = _from_record(record)
         _check(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if content != sealed:
+            raise ValueError("it was changed after it was written (its checksum does not match)")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{file} is damaged or of another version: {reason}; build the set again") from error
-    _check_files(directory, manifest)
+        raise UserError(f"{where} is damaged or of another version: {reason}; build the set again") from error
     return manifest
+
+
+def load_index(store: Store, manifest: Manifest, split: str) -> dict[str, np.ndarray]:
+    """Read one split's index: column name -> array with a row for each sample.
+
+    Raises:
+        UserError: it is not the one the manifest knows, or names bytes outside its shards.
+        StoreError: the store cannot be reached.
+    """
+    described, name = manifest.splits[split], f"{split}/{INDEX_FILE}"
+    content = store.read_small(name, INDEX_BYTES)
+    where = f"{store.root}/{name}"
+    if hashlib.sha256(content).hexdigest() != described.index_sha256:
+        raise UserError(
+            f"{where} is damaged: its hash is not the manifest's; restore it or build the set again"
+        )
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed")  # so that no more comes out than went in
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            index = {column: arrays[column] for column in arrays.files}
+        _check_index(index, described)
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{where} is damaged: {error}; restore it or build the set again") from error
+    return index
+
+
+def _check_index(index: dict[str, np.ndarray], split: Split) -> None:
+    """Raise ValueError (or KeyError) unless every row lies inside a shard of the split."""
+    for name, kind in COLUMNS.items():
+        if index[name].dtype != kind or index[name].ndim != 1:
+            raise ValueError(f"its column {name} holds {index[name].dtype} {index[name].shape}")
+        if index[name].dtype.kind == "S" and (np.ascontiguousarray(index[name]).view(np.uint8) > 127).any():
+            raise ValueError(f"its column {name} holds more than ASCII")
+    if {column.shape[:1] for column in index.values()} != {(split.samples,)}:
+        raise ValueError(f"its columns do not have the {split.samples} rows of the manifest")
+    columns = ("shard", "start", "span", "offset", "size")
+    shard, start, span, offset, size = (index[name].astype(np.int64) for name in columns)
+    if not split.samples:
+        return
+    if shard.min() < 0 or shard.max() >= len(split.shards):
+        raise ValueError("a row names a shard that is not there")
+    ends = np.array([described.bytes for described in split.shards])[shard]
+    sound = (start >= 0) & (start + span <= ends) & (offset >= start) & (size >= 0)
+    if not (sound & (offset + size <= start + span)).all():
+        raise ValueError("a row names bytes outside its shard")
+    if (np.bincount(shard, minlength=len(split.shards)) != [one.samples for one in split.shards]).any():
+        raise ValueError("its rows are dealt to the shards otherwise than the manifest says")
+
+
+def _check_there(store: Store) -> None:
+    """Raise UserError unless the place is a folder (or an URL) with a manifest in it."""
+    hint = f"a shard set is expected there: {BUILD_HINT}"
+    folder = store.local
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"data folder {folder} does not exist; {hint}")
+    if store.exists(MANIFEST_FILE):
+        return
+    if folder is None:
+        raise UserError(f"{store.root} holds no {MANIFEST_FILE}; {hint}")
+    if any(path.suffix == ".tar" for path in folder.rglob("*.tar")):
+        raise UserError(
+            f"data folder {folder} holds tars but no {MANIFEST_FILE}; make one for them with "
+            f"`python -m mnemos.sharding.index MODALITY {folder}`"
+        )
+    state = f"holds no {MANIFEST_FILE}" if any(folder.iterdir()) else "is empty"
+    raise UserError(f"data folder {folder} {state}; {hint}")
 
 
 def _from_record(record: dict[str, Any]) -> Manifest:
@@ -168,6 +292,13 @@ def _from_record(record: dict[str, Any]) -> Manifest:
     )
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError unless a name lies inside the set: a path of plain parts with forward slashes."""
+    parts = name.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or any(sign in name for sign in ":\\\0"):
+        raise ValueError(f"it names a file outside the set: {name!r}")
+
+
 def _check(manifest: Manifest) -> None:
     """Raise ValueError where the fields contradict each other."""
     ranks = dict(zip(get_args(Kind), (1, 2, 3), strict=True))
@@ -178,12 +309,14 @@ def _check(manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
         if split.samples != sum(shard.samples for shard in split.shards):
             raise ValueError(f"the shards of split {name!r} do not add up to its {split.samples} samples")
-        if any(Path(shard.name).name != shard.name for shard in split.shards):
-            raise ValueError(f"split {name!r} names a shard outside its folder")
+        for shard in split.shards:
+            check_name(shard.name)
+        if set(split.labels) != set(manifest.classes):
+            raise ValueError(f"split {name!r} counts other classes than {manifest.classes}")
     if (manifest.kind == "text") != (manifest.tokenizer is not None):
         raise ValueError("a tokenizer belongs to texts, and to nothing else")
-    if manifest.tokenizer is not None and Path(manifest.tokenizer.file).name != manifest.tokenizer.file:
-        raise ValueError("the tokenizer lies outside the set")
+    if manifest.tokenizer is not None:
+        check_name(manifest.tokenizer.file)
     if manifest.fingerprint != manifest.content_fingerprint():
         raise ValueError("its fingerprint does not match its fields")
 
@@ -192,7 +325,7 @@ def _check_files(directory: Path, manifest: Manifest) -> None:
     """Raise UserError unless every file the manifest names is there with the size it says."""
     for name, split in manifest.splits.items():
         for shard in split.shards:
-            path = directory / name / shard.name
+            path = directory / shard.name
             size = path.stat().st_size if path.is_file() else -1
             if size != shard.bytes:
                 found = "is missing" if size < 0 else f"has {size} bytes instead of {shard.bytes}"

@@ -1,15 +1,20 @@
 """Volumes: from any spacing and extent to the preset's sub-volumes; and the recipe, told in words.
 
-The steps of the paper (Ye et al., CVPR 2024), with two choices of our own: the cut in plane is
-centred on the body, because a scanner's field of view rarely is, and resampling widens its filter where it
-shrinks, so that nothing folds over.
+The steps of the paper (Ye et al., CVPR 2024). Where ours depart from the authors' code, the recipe says so:
+- every volume is resampled, MR along its slices too, and a sample is cut out at the preset's spacing. The authors
+  resize 24 slices and the whole plane to 16x192x192, so that their voxels have no fixed size.
+- resampling is linear with a filter that widens where it shrinks, so that nothing folds over; theirs is cubic.
+- what the stride leaves over is left at both ends alike. Theirs adds a sub-volume that ends with the volume, which
+  is often the one before moved by a slice or two.
+- nearly empty sub-volumes are dropped.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from mnemos.sharding.errors import DataError, LeftOut
+from mnemos.sharding.errors import DataError, LeftOut, UserError
 from mnemos.sharding.modalities import Modality, StoredSize
 from mnemos.sharding.sources.images import PERCENTILES as PICTURE_PERCENTILES
 from mnemos.sharding.sources.units import MAX_VOXELS, RawVolume
@@ -23,9 +28,10 @@ WIDE_KEEP = 0.8
 MIDDLE_SLICES = 0.8  # share of an MR volume's slices kept: the ends are often empty or distorted
 CLIP_PERCENTILES = (0.2, 99.8)
 LEVELS = 4095  # an MR scanner delivers 12 bits; more levels would store noise that does not compress
-BODY_SHARE = 0.1  # of the clipped range above its lower end: what counts as body in MR
+BODY_SHARE = 0.1  # of the volume's clipped range above its lower end: what counts as body in MR
 # Share of body voxels below which a sub-volume is dropped: most of its patches would be constant.
 LEAST_BODY = 0.1
+CENTRES = ("volume", "body")
 _TAIL = 0.02  # share of the body cut at each end when its middle is sought: a couch does not move it
 
 
@@ -38,13 +44,17 @@ class SubVolume:
     shift: float
 
 
-def volume_samples(raw: RawVolume, modality: Modality, size: StoredSize) -> tuple[list[SubVolume], int]:
+def volume_samples(
+    raw: RawVolume, modality: Modality, size: StoredSize, centre: str = "volume"
+) -> tuple[list[SubVolume], int]:
     """Cut a volume into the preset's sub-volumes.
 
     Args:
         raw: values in patient order; Hounsfield units for CT.
         modality: its ``values`` decide clipping and scale, its name the stride.
         size: stored size, spacing and strides.
+        centre: what the cut in plane is centred on: "volume", as in the paper, or "body", for fields of view that
+            the patient does not lie in the middle of.
 
     Returns:
         The sub-volumes from foot to head, and the number of nearly empty ones that were dropped.
@@ -53,30 +63,32 @@ def volume_samples(raw: RawVolume, modality: Modality, size: StoredSize) -> tupl
         DataError: values that are no Hounsfield units, all the same, or too many after resampling.
         LeftOut: fewer slices than half a sub-volume, or nothing but nearly empty ones.
     """
+    if centre not in CENTRES:
+        raise UserError(f"centre {centre!r} is unknown; choose one of {', '.join(CENTRES)}")
     # Cut what is not kept before resampling, which may make fifty times as many voxels of it.
     values_ZYX = raw.values_ZYX
     if modality.values == "hounsfield":
         lowest = float(values_ZYX.min())
         if lowest > LEAST_HOUNSFIELD:
             raise DataError(f"its lowest value is {lowest:g}: without air its values are no Hounsfield units")
-        for axis in (1, 2):
-            if values_ZYX.shape[axis] * raw.spacing_mm[axis] > WIDE_MM:
-                values_ZYX = _middle(values_ZYX, axis, WIDE_KEEP)
+        if max(values_ZYX.shape[axis] * raw.spacing_mm[axis] for axis in (1, 2)) > WIDE_MM:
+            values_ZYX = _middle(_middle(values_ZYX, 1, WIDE_KEEP), 2, WIDE_KEEP)
         values_ZYX = resample(np.clip(values_ZYX, *HOUNSFIELD), raw.spacing_mm, size.spacing_mm)
-        stored_ZYX, scale, shift = np.round(values_ZYX).astype(np.int16), HOUNSFIELD_SCALE, 0.0
-        least, body = HOUNSFIELD[0], BODY_HOUNSFIELD
+        least, body = float(HOUNSFIELD[0]), BODY_HOUNSFIELD
     else:
         values_ZYX = resample(_middle(values_ZYX, 0, MIDDLE_SLICES), raw.spacing_mm, size.spacing_mm)
-        stored_ZYX, scale, shift = _z_scored(values_ZYX)
-        least, body = 0, BODY_SHARE * LEVELS
+        least, highest = (float(value) for value in np.percentile(values_ZYX, CLIP_PERCENTILES))
+        if not highest > least:
+            raise DataError("all its voxels have one value")
+        body = least + BODY_SHARE * (highest - least)
     depth, height, width = size.volume
-    stride = size.stride.get(modality.name, max(1, depth // 2))
-    kept, windows = [], _windows(stored_ZYX, depth, stride, least)
+    kept, windows = [], _windows(values_ZYX, depth, _stride(modality, size), least)
     for window_ZYX in windows:
-        body_ZYX = window_ZYX > body
+        body_ZYX = window_ZYX > body if centre == "body" else None
         cut_ZYX = _cut(_cut(window_ZYX, 1, height, body_ZYX, least), 2, width, body_ZYX, least)
-        if (cut_ZYX > body).mean() >= LEAST_BODY:
-            kept.append(SubVolume(values_ZYX=np.ascontiguousarray(cut_ZYX), scale=scale, shift=shift))
+        part = _stored(cut_ZYX, modality) if (cut_ZYX > body).mean() >= LEAST_BODY else None
+        if part is not None:
+            kept.append(part)
     if not kept:
         raise LeftOut(f"nearly empty volume (no sub-volume has {LEAST_BODY:.0%} of body in it)")
     return kept, len(windows) - len(kept)
@@ -106,8 +118,8 @@ def resample(values_ZYX: np.ndarray, from_mm: tuple[float, ...], to_mm: tuple[fl
     return values_ZYX
 
 
-def recipe(modality: Modality, size: StoredSize) -> dict[str, str]:
-    """Tell in words how a source file becomes a stored sample, for the manifest."""
+def recipe(modality: Modality, size: StoredSize, centre: str = "volume") -> dict[str, str]:
+    """Tell in words how a source file becomes a stored sample, for the manifest; ``centre`` as a volume's cut."""
     if modality.kind == "text":
         return {
             "cleaning": "control characters dropped, every run of white space made one space",
@@ -123,26 +135,44 @@ def recipe(modality: Modality, size: StoredSize) -> dict[str, str]:
             f"{low} and {high} percentiles; MONOCHROME1 inverted",
             "size": f"shortest side resized (bicubic, antialiased), centre {size.image} cut out",
         }
-    steps = {
-        "orientation": "axes permuted and flipped to foot-head, front-back, right-left",
-        "resampling": f"linear, filter widened where it shrinks, to {size.spacing_mm} mm (Z, Y, X)",
-    }
+    steps = {"orientation": "axes permuted and flipped to foot-head, front-back, right-left"}
     if modality.values == "hounsfield":
         low, high = HOUNSFIELD
         steps["values"] = f"Hounsfield units clipped to {low}..{high}; model value = HU / {high}"
-        steps["rim"] = f"an axis in plane of more than {WIDE_MM:g} mm keeps its centre {WIDE_KEEP:.0%}"
+        steps["rim"] = f"a plane wider than {WIDE_MM:g} mm keeps its centre {WIDE_KEEP:.0%} along both axes"
     else:
         low, high = CLIP_PERCENTILES
         steps["slices"] = f"middle {MIDDLE_SLICES:.0%} kept"
-        steps["values"] = f"clipped to the volume's {low} and {high} percentiles, then z-score of the volume"
+        steps["values"] = f"clipped to the sample's {low} and {high} percentiles, then z-score of the sample"
+    steps["resampling"] = f"linear, filter widened where it shrinks, to {size.spacing_mm} mm (Z, Y, X)"
     depth, height, width = size.volume
-    stride = size.stride.get(modality.name, max(1, depth // 2))
-    steps["cut"] = f"{height}x{width} centred on the body in each sub-volume, padded with the lowest value"
+    span = _span(depth, stride := _stride(modality, size))
+    stored = f", of which the middle {depth} are stored" if span > depth else ""
     steps["sub-volumes"] = (
-        f"{depth} slices every {stride}, in the middle of the volume; a volume of at least "
-        f"{depth - depth // 2} is padded to {depth}; under {LEAST_BODY:.0%} of body dropped"
+        f"{span} slices every {stride}{stored}; what the stride leaves over is left at both ends alike; a volume of "
+        f"{depth} to {span} gives its middle, one of at least {depth - depth // 2} is padded to {depth}; under "
+        f"{LEAST_BODY:.0%} of body dropped"
     )
+    around = {"volume": "the middle of the plane", "body": "the body in each sub-volume"}[centre]
+    steps["cut"] = (
+        f"{height}x{width} around {around} cut out at that spacing, nothing resized; padded with the lowest value"
+    )
+    steps["centre"] = centre
     return steps
+
+
+def recipe_centre(steps: Mapping[str, str]) -> str:
+    """Return what the cut of a shard set's volumes was centred on, from its recipe."""
+    return steps.get("centre", "body")  # before there was a choice, it was the body
+
+
+def _stride(modality: Modality, size: StoredSize) -> int:
+    return size.stride.get(modality.name, max(1, size.volume[0] // 2))
+
+
+def _span(depth: int, stride: int) -> int:
+    """Return the slices of a sub-volume before its middle is stored: neighbours share half of them."""
+    return max(depth, 2 * stride)
 
 
 def _resample_axis(values: np.ndarray, axis: int, step: float, size: int) -> np.ndarray:
@@ -165,15 +195,25 @@ def _resample_axis(values: np.ndarray, axis: int, step: float, size: int) -> np.
     return result
 
 
-def _z_scored(values_ZYX: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Clip, and return int16 levels 0..4095 with the scale and shift that make z-scores of them."""
-    lower, upper = (float(value) for value in np.percentile(values_ZYX, CLIP_PERCENTILES))
-    clipped_ZYX = np.clip(values_ZYX, lower, upper)
+def _stored(cut_ZYX: np.ndarray, modality: Modality) -> SubVolume | None:
+    """Bring a sub-volume to int16; None where all its voxels have one value.
+
+    Hounsfield units are stored as they are. Others are clipped to the sub-volume's own percentiles and stored as
+    levels 0..4095, with the scale and shift that make z-scores of them.
+    """
+    if modality.values == "hounsfield":
+        return SubVolume(values_ZYX=np.round(cut_ZYX).astype(np.int16), scale=HOUNSFIELD_SCALE, shift=0.0)
+    lower, upper = (float(value) for value in np.percentile(cut_ZYX, CLIP_PERCENTILES))
+    clipped_ZYX = np.clip(cut_ZYX, lower, upper)
     mean, deviation = float(clipped_ZYX.mean(dtype=np.float64)), float(clipped_ZYX.std(dtype=np.float64))
     if not upper > lower or not deviation > 0:
-        raise DataError("all its voxels have one value")
+        return None
     stored_ZYX = np.round((clipped_ZYX - lower) * (LEVELS / (upper - lower))).astype(np.int16)
-    return stored_ZYX, (upper - lower) / LEVELS / deviation, (lower - mean) / deviation
+    return SubVolume(
+        values_ZYX=stored_ZYX,
+        scale=(upper - lower) / LEVELS / deviation,
+        shift=(lower - mean) / deviation,
+    )
 
 
 def _middle(values: np.ndarray, axis: int, share: float) -> np.ndarray:
@@ -184,33 +224,32 @@ def _middle(values: np.ndarray, axis: int, share: float) -> np.ndarray:
     return values.take(range(start, start + kept), axis=axis)
 
 
-def _windows(values_ZYX: np.ndarray, depth: int, stride: int, least: int) -> list[np.ndarray]:
-    """Cut sub-volumes along Z; what the stride leaves over is left at both ends alike.
-
-    With a depth of 16 and a stride of 12 these are the centres of the paper's 24 slices every 12.
-    """
-    slices = values_ZYX.shape[0]
+def _windows(values_ZYX: np.ndarray, depth: int, stride: int, least: float) -> list[np.ndarray]:
+    """Cut along Z into sub-volumes, and of each the ``depth`` slices in its middle."""
+    slices, span = values_ZYX.shape[0], _span(depth, stride)
     if slices < depth:
         if slices < depth - depth // 2:
             raise LeftOut(f"volume of fewer than {depth - depth // 2} slices at the preset's spacing")
         before = (depth - slices) // 2
         padding = ((before, depth - slices - before), (0, 0), (0, 0))
         return [np.pad(values_ZYX, padding, constant_values=least)]
-    first = (slices - depth) % stride // 2
-    return [values_ZYX[start : start + depth] for start in range(first, slices - depth + 1, stride)]
+    span = min(span, slices)
+    first, margin = (slices - span) % stride // 2, (span - depth) // 2
+    starts = range(first + margin, slices - span + margin + 1, stride)
+    return [values_ZYX[start : start + depth] for start in starts]
 
 
-def _cut(values: np.ndarray, axis: int, size: int, body: np.ndarray, least: int) -> np.ndarray:
-    """Cut ``size`` voxels of an axis around the body's middle, inside the volume where it is wide enough."""
+def _cut(values: np.ndarray, axis: int, size: int, body: np.ndarray | None, least: float) -> np.ndarray:
+    """Cut ``size`` voxels of an axis around its middle, or the body's, inside the volume where it is wide enough."""
     have = values.shape[axis]
     if have <= size:
         padding = [(0, 0)] * values.ndim
         padding[axis] = ((size - have) // 2, size - have - (size - have) // 2)
         return np.pad(values, padding, constant_values=least)
-    profile = np.cumsum(body.sum(axis=tuple(other for other in range(values.ndim) if other != axis)))
-    middle = have / 2
-    if profile[-1] > 0:
+    start = (have - size) // 2
+    if body is not None and body.any():
+        others = tuple(other for other in range(values.ndim) if other != axis)
+        profile = np.cumsum(body.sum(axis=others))
         low, high = np.searchsorted(profile, [_TAIL * profile[-1], (1 - _TAIL) * profile[-1]])
-        middle = (low + high + 1) / 2
-    start = int(np.clip(round(middle - size / 2), 0, have - size))
+        start = int(np.clip(round((low + high + 1 - size) / 2), 0, have - size))
     return values.take(range(start, start + size), axis=axis)

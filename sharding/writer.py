@@ -7,46 +7,33 @@ The same samples in the same order give the same bytes.
 import json
 import os
 import shutil
-import zlib
-from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
-from mnemos.sharding.codecs import encode_ids, encode_image, encode_volume
+from mnemos.sharding.durable import sync_path, write_durably
+from mnemos.sharding.encoding import Encoded, Encoder
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import (
-    INDEX_FILE,
+    MANIFEST_FILE,
     SPLITS,
     Manifest,
-    Shard,
-    Split,
     TokenizerFile,
     file_sha256,
     write_manifest,
 )
 from mnemos.sharding.modalities import Modality
 from mnemos.sharding.sample import Sample
+from mnemos.sharding.split_writer import SplitWriter
 from mnemos.sharding.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    from mnemos.sharding.journal import Journal
+
 TOKENIZER_FILE = "tokenizer.json"
-_BLOCK = 512  # tar's unit: a header is one block, data are padded to blocks
-COLUMNS: dict[str, Any] = {
-    "key": "S16",
-    "shard": np.int32,
-    "offset": np.int64,
-    "size": np.int32,
-    "crc": np.uint32,
-    "label": np.int32,
-    "group": "S16",
-    "scale": np.float32,
-    "shift": np.float32,
-}
 
 
 def check_new_folder(directory: Path) -> None:
@@ -64,6 +51,7 @@ class ShardSetWriter:
     Args:
         directory: where the set will appear; absent or empty.
         modality: its record; ``kind`` decides the payload.
+        source: what the samples are made from, as in the manifest.
         shape: stored size, as in the manifest.
         spacing_mm: (Z, Y, X) millimetres a voxel; None for images and texts.
         preset: name of the size preset.
@@ -73,6 +61,12 @@ class ShardSetWriter:
         key: secret bytes for the keyed hashes of sources and groups.
         shard_bytes: a shard is closed before it would grow beyond this size.
         lossless: store images as PNG instead of JPEG.
+        journal: of a build that may be stopped and gone on with: the set grows in the journal's folder, which every
+            finished shard is told to, and which stays when writing stops. Without one nothing stays.
+
+    Attributes:
+        encoder: what makes stored bytes of a sample, for other processes too.
+        skipped: set before closing: number of source files left out, by reason.
 
     Raises:
         UserError: the folder is not empty or cannot be made.
@@ -83,6 +77,7 @@ class ShardSetWriter:
         directory: Path | str,
         *,
         modality: Modality,
+        source: str,
         shape: tuple[int, ...],
         spacing_mm: tuple[float, ...] | None,
         preset: str,
@@ -92,6 +87,7 @@ class ShardSetWriter:
         tokenizer_file: Path | None = None,
         shard_bytes: int = 64 << 20,
         lossless: bool = False,
+        journal: "Journal | None" = None,
     ) -> None:
         if (modality.kind == "text") != (tokenizer_file is not None):
             raise ValueError(
@@ -99,12 +95,17 @@ class ShardSetWriter:
             )
         self.directory = Path(directory)
         check_new_folder(self.directory)
-        self.partial = self.directory.parent / f".{self.directory.name}.partial-{os.getpid()}"
+        # the real place, should it be a link to an empty folder: what is renamed must lie on the same disk
+        self._place = self.directory.resolve()
+        self._journal = journal
+        own = self._place.parent / f".{self._place.name}.partial-{os.getpid()}"
+        self.partial = own if journal is None else journal.set_folder
         self.skipped: dict[str, int] = {}
         self._key = key
-        self._seen: set[bytes] = set()
-        self._splits = {name: _SplitWriter(self.partial / name, shard_bytes) for name in SPLITS}
         payload = {"text": "ids", "image": "png" if lossless else "jpg", "volume": "vol"}[modality.kind]
+        self.encoder = Encoder(
+            modality=modality, payload=payload, shape=tuple(shape), tokenizer_file=tokenizer_file
+        )
         self._manifest = Manifest(
             modality=modality,
             payload=payload,
@@ -112,24 +113,18 @@ class ShardSetWriter:
             spacing_mm=spacing_mm,
             classes=tuple(classes),
             preset=preset,
+            source=source,
             recipe=recipe,
             splits={},
             version=version("mnemos"),
         )
         self._labels = {name: number for number, name in enumerate(classes)}
+        self._splits: dict[str, SplitWriter] = {}
         try:
-            for name in SPLITS:
-                (self.partial / name).mkdir(parents=True)
             if tokenizer_file is not None:
-                self._tokenizer = load_tokenizer(tokenizer_file)
-                target = self.partial / TOKENIZER_FILE
-                shutil.copyfile(tokenizer_file, target)
-                record = TokenizerFile(
-                    file=TOKENIZER_FILE,
-                    sha256=file_sha256(target),
-                    vocab_size=self._tokenizer.get_vocab_size(),
-                )
-                self._manifest = replace(self._manifest, tokenizer=record)
+                self._manifest = replace(self._manifest, tokenizer=self._store_tokenizer(tokenizer_file))
+            for name in SPLITS:
+                self._splits[name] = self._open_split(name, shard_bytes)
         except OSError as error:
             self._discard()
             raise UserError(
@@ -138,6 +133,8 @@ class ShardSetWriter:
         except UserError:
             self._discard()
             raise
+        finished = [] if journal is None else [one for name in SPLITS for one in journal.finished[name]]
+        self._seen = {key for one in finished for key in one.columns["key"].tolist()}
 
     def __enter__(self) -> Self:
         return self
@@ -150,39 +147,37 @@ class ShardSetWriter:
         else:
             self._discard()
 
-    def add(self, split: str, sample: Sample, **extra: Any) -> None:
-        """Encode and append one sample.
+    @property
+    def samples(self) -> int:
+        """Number of samples written so far."""
+        return sum(writer.samples for writer in self._splits.values())
+
+    def add(self, split: str, sample: Sample | Encoded, **extra: Any) -> None:
+        """Append one sample.
 
         Args:
             split: "train" or "val".
-            sample: texts are tokenised here; ids beyond the stored size are cut.
+            sample: encoded here, unless it was by ``encoder`` already.
             extra: further index columns; the same names for every sample of a set.
 
         Raises:
             DataError: the sample cannot be stored (wrong size or type, empty text, a second one of the same
                 name).
         """
-        manifest, text = self._manifest, ""
-        try:
-            if isinstance(sample.array, str):
-                text = sample.array
-                payload = encode_ids(np.array(self._encode_text(text)))
-            else:
-                payload = self._encode_array(sample.array)
-        except ValueError as error:
-            raise DataError(str(error), source=sample.source) from error
-        if sample.label and sample.label not in self._labels:
+        encoded = self.encoder.encode(sample) if isinstance(sample, Sample) else sample
+        if encoded.label and encoded.label not in self._labels:
             raise DataError(
-                f"label {sample.label!r} is not among the classes {manifest.classes}", source=sample.source
+                f"label {encoded.label!r} is not among the classes {self._manifest.classes}",
+                source=encoded.source,
             )
         row = {
-            "key": hashed_name(self._key, sample.source).encode(),
-            "group": hashed_name(self._key, sample.group or sample.source).encode(),
-            "label": self._labels.get(sample.label, -1),
-            "scale": sample.scale,
-            "shift": sample.shift,
+            "key": hashed_name(self._key, encoded.source).encode(),
+            "group": hashed_name(self._key, encoded.group or encoded.source).encode(),
+            "label": self._labels.get(encoded.label, -1),
+            "scale": encoded.scale,
+            "shift": encoded.shift,
         }
-        self.add_encoded(split, payload, text, row, **extra)
+        self.add_encoded(split, encoded.payload, encoded.text, row, **extra)
 
     def add_encoded(self, split: str, payload: bytes, text: str, row: dict[str, Any], **extra: Any) -> None:
         """Append a sample whose payload is encoded already, as a buffer does with samples of an earlier set.
@@ -220,113 +215,39 @@ class ShardSetWriter:
         if self._manifest.fingerprint:
             return self._manifest
         try:
-            splits = {name: writer.close() for name, writer in self._splits.items()}
+            splits = {name: writer.close(self._manifest.classes) for name, writer in self._splits.items()}
             manifest = replace(self._manifest, splits=splits, skipped=dict(sorted(self.skipped.items())))
             manifest = replace(manifest, fingerprint=manifest.content_fingerprint())
             write_manifest(self.partial, manifest)
+            for path in (*(self.partial / name for name in (*SPLITS, MANIFEST_FILE)), self.partial):
+                sync_path(path)
             check_new_folder(self.directory)  # nobody else finished there meanwhile
-            self.partial.replace(self.directory)
+            self.partial.replace(self._place)
+            sync_path(self._place.parent)
         except BaseException:
             self._discard()
             raise
         self._manifest = manifest
         return manifest
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text).ids[: self._manifest.shape[0]]
-        if not ids:
-            raise ValueError("the text is empty")
-        return ids
+    def _open_split(self, name: str, shard_bytes: int) -> SplitWriter:
+        folder, journal = self.partial / name, self._journal
+        folder.mkdir(parents=True, exist_ok=journal is not None)
+        if journal is None:
+            return SplitWriter(folder, shard_bytes)
+        return SplitWriter(
+            folder, shard_bytes, journal.finished[name], lambda finished: journal.record(name, finished)
+        )
 
-    def _encode_array(self, array: np.ndarray) -> bytes:
-        manifest = self._manifest
-        image = manifest.kind == "image"
-        shape = (manifest.channels, *manifest.shape) if image else manifest.shape
-        if array.shape != shape:
-            raise ValueError(f"a sample of shape {array.shape} in a set of {shape}")
-        return encode_image(array, manifest.payload) if image else encode_volume(array)
+    def _store_tokenizer(self, file: Path) -> TokenizerFile:
+        vocab_size = load_tokenizer(file).get_vocab_size()
+        self.partial.mkdir(parents=True, exist_ok=True)
+        target = self.partial / TOKENIZER_FILE
+        write_durably(target, file.read_bytes())
+        return TokenizerFile(file=TOKENIZER_FILE, sha256=file_sha256(target), vocab_size=vocab_size)
 
     def _discard(self) -> None:
         for writer in self._splits.values():
             writer.abandon()
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-
-class _SplitWriter:
-    """The tars and the index of one split."""
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._rows: list[dict[str, Any]] = []
-        self._shards: list[Shard] = []
-        self._file: BinaryIO | None = None
-        self._tar: Any = None
-        self._samples = 0
-
-    def add(self, members: dict[str, bytes], payload: str, row: dict[str, Any]) -> None:
-        """Append one sample's members (extension -> bytes) and its index row."""
-        sizes = {
-            name: len(data.encode() if isinstance(data, str) else data) for name, data in members.items()
-        }
-        padded = {name: _BLOCK + -(-size // _BLOCK) * _BLOCK for name, size in sizes.items()}
-        if self._tar is not None and self._tar.tarstream.offset + sum(padded.values()) > self._shard_bytes:
-            self._finish_shard()
-        if self._tar is None:
-            self._open_shard()
-        # TarWriter writes the members of a sample in alphabetical order, each behind one header block.
-        before = sum(padded[name] for name in padded if name < payload)
-        offset = self._tar.tarstream.offset + before + _BLOCK
-        self._tar.write({"__key__": row["key"].decode(), **members})
-        place = {"shard": len(self._shards), "offset": offset, "size": len(members[payload])}
-        self._rows.append({**row, **place, "crc": zlib.crc32(members[payload])})
-        self._samples += 1
-
-    def close(self) -> Split:
-        """Close the last shard, write index.npz and describe the split."""
-        if self._tar is not None:
-            self._finish_shard()
-        extra = [name for name in (self._rows[0] if self._rows else {}) if name not in COLUMNS]
-        columns = {
-            name: np.array([row[name] for row in self._rows], dtype=kind) for name, kind in COLUMNS.items()
-        }
-        for name in extra:
-            columns[name] = np.stack([np.asarray(row[name]) for row in self._rows])
-        file = self._folder / INDEX_FILE
-        np.savez(
-            file, **cast(Any, columns)
-        )  # numpy stamps every member 1980-01-01: the bytes are reproducible
-        return Split(
-            samples=len(self._rows),
-            groups=len(np.unique(columns["group"])),
-            index_sha256=file_sha256(file),
-            shards=tuple(self._shards),
-        )
-
-    def abandon(self) -> None:
-        """Let go of an open shard; it is about to be removed, so a full disk does not matter any more."""
-        with suppress(OSError):
-            if self._tar is not None:
-                self._tar.close()
-        with suppress(OSError):
-            if self._file is not None:
-                self._file.close()
-        self._tar = self._file = None
-
-    def _open_shard(self) -> None:
-        from webdataset import TarWriter
-
-        self._file = (self._folder / f"{len(self._shards):06d}.tar").open("wb")
-        self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
-        self._samples = 0
-
-    def _finish_shard(self) -> None:
-        assert self._file is not None, "a shard is open while it is being finished"
-        self._tar.close()
-        self._file.close()
-        self._tar = self._file = None
-        path = self._folder / f"{len(self._shards):06d}.tar"
-        size = path.stat().st_size
-        self._shards.append(
-            Shard(name=path.name, samples=self._samples, bytes=size, sha256=file_sha256(path))
-        )
+        if self._journal is None:
+            shutil.rmtree(self.partial, ignore_errors=True)

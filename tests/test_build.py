@@ -23,7 +23,8 @@ from sample_files import (
 )
 
 from mnemos.sharding import build
-from mnemos.sharding.build_set import BuildOptions, build_set, num_allowed_broken
+from mnemos.sharding.build_fill import num_allowed_broken
+from mnemos.sharding.build_set import BuildOptions, build_set
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import STORED_SIZES
@@ -69,7 +70,16 @@ def test_films_with_labels_and_groups(tmp_path, capsys):
         )
         assert np.abs(shards.read(place)[0].astype(int) - np.asarray(small)).mean() < 2
     printed = capsys.readouterr().out
-    assert "40 samples" in printed and f"mnemos.sharding.show {tmp_path / 'set'}" in printed
+    lines = printed.splitlines()
+    assert lines[0] == "X-ray from images: 40 samples of 40 found, 64x64 pixels"
+    stored = sum(shard.bytes for shard in manifest.splits["val"].shards) / 1e6
+    val = manifest.splits["val"].labels
+    assert lines[2] == (
+        f"  val   8 samples of 2 groups, {stored:.1f} MB, 32,768 pixels "
+        f"({', '.join(f'{label} {number}' for label, number in val.items() if number)})"
+    )
+    for command in ("show", "verify"):
+        assert f"  python -m mnemos.sharding.{command} {tmp_path / 'set'}" in lines
 
 
 def test_the_split_does_not_depend_on_the_order_of_files():
@@ -80,6 +90,23 @@ def test_the_split_does_not_depend_on_the_order_of_files():
     assert [splits[n] for n in order] == shuffled
     assert len({unit.group for unit, split in zip(units, splits, strict=True) if split == "val"}) == 2
     assert splits != assign_splits(units, 0.3, b"another key of enough bytes")
+
+
+def test_a_published_split_is_kept(tmp_path):
+    published = {"a": "val", "b": "train", "c": ""}
+    units = [
+        Unit(
+            name=f"{n}",
+            reader="image",
+            files=(),
+            group="abcdefgh"[n % 8],
+            split=published.get("abcdefgh"[n % 8], ""),
+        )
+        for n in range(40)
+    ]
+    splits = dict(zip([unit.group for unit in units], assign_splits(units, 0.2, KEY), strict=False))
+    assert splits["a"] == "val" and splits["b"] == "train"
+    assert sum(splits[group] == "val" for group in "cdefgh") == 1, "a fifth of those left to us"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +165,18 @@ def test_no_name_of_the_source_is_stored(tmp_path):
             assert KEY not in path.read_bytes()
 
 
+def test_what_volumes_are_cut_around(tmp_path):
+    """A body at the edge of a wide field of view: the middle of the volume cuts through it, its own does not."""
+    values = np.full((24, 100, 100), -1000, np.int16)
+    values[:, 30:70, 60:100] = head(1)
+    write_nifti(tmp_path / "a.nii.gz", values.transpose(2, 1, 0), np.diag([-2.5, -2.5, 4.0, 1.0]))
+    stored = {}
+    for centre in ("volume", "body"):
+        assert run(tmp_path, "ct", tmp_path / "a.nii.gz", "--centre", centre, out=centre) == 0
+        stored[centre] = (ShardSet(tmp_path / centre, "train").read(0) > -300).mean()
+    assert stored["body"] > 1.2 * stored["volume"]
+
+
 def test_one_broken_file_among_many_is_skipped_and_named(tmp_path, capsys):
     films = write_films(tmp_path / "films", 20)
     whole = (films / "film_007.jpg").read_bytes()
@@ -181,6 +220,7 @@ def test_volumes_of_both_formats_in_one_folder(tmp_path):
     splits = both_splits(tmp_path / "set")
     manifest = splits["train"].manifest
     assert manifest.spacing_mm == (4.0, 3.0, 3.0) and manifest.shape == (8, 64, 64)
+    assert manifest.source == "volumes+dicom"
     groups = {group for shards in splits.values() for group in shards.index["group"].tolist()}
     expected = {
         "patient-7",
@@ -257,7 +297,7 @@ def test_reports(tmp_path, form):
 def test_the_tokenizer_knows_only_the_training_split(tmp_path):
     rows = [(f"sentinel{'abcdefghij'[n]} " * 8, f"g{n}") for n in range(10)]
     source = write_csv(tmp_path / "r.csv", ["text", "group"], rows)
-    assert run(tmp_path, "report", source, "--val-fraction", "0.3") == 0
+    assert run(tmp_path, "report", source, "--val-fraction", "0.3", "--rare-words", "0") == 0
     tokenizer = (tmp_path / "set" / "tokenizer.json").read_text()
     for split, shards in both_splits(tmp_path / "set").items():
         for place in range(len(shards)):
@@ -282,6 +322,7 @@ def test_the_default_key_is_made_once_and_private(tmp_path, monkeypatch, capsys)
     assert load_manifest(tmp_path / "a").fingerprint == load_manifest(tmp_path / "b").fingerprint
     assert capsys.readouterr().out.count("a new secret key was made") == 1
     file = tmp_path / "config" / "mnemos" / "key"
+    assert "can be read by others" not in capsys.readouterr().out
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and len(file.read_bytes()) > 32
     assert run(tmp_path, "xray", films, out="c") == 0
     assert load_manifest(tmp_path / "a").fingerprint != load_manifest(tmp_path / "c").fingerprint
@@ -311,7 +352,7 @@ def test_paper_sizes(tmp_path):
     report = build_set(
         BuildOptions(
             modality="ct",
-            source=tmp_path / "a.nii.gz",
+            input=tmp_path / "a.nii.gz",
             out=tmp_path / "set",
             preset="base",
             key_file=tmp_path / "key" if key_file(tmp_path) else None,

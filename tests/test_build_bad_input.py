@@ -37,13 +37,21 @@ def labels_without_file(folder):
     write_csv(folder / "labels.csv", ["name", "label"], [("film_000.jpg", "a")])
 
 
+def labels_like_names(folder):
+    rows = []
+    for number in range(101):
+        (folder / f"{number}.jpg").touch()
+        rows.append((f"{number}.jpg", f"Quodlibetius {number}"))
+    write_csv(folder / "labels.csv", ["file", "label"], rows)
+
+
 CASES = {
     "unknown modality": ("ultrasound", None, [], ["'ultrasound'", "report, xray, ct, mri, pathology"]),
     "unknown preset": ("xray", None, ["--preset", "bse"], ["'bse'", "sample, base"]),
     "missing folder": ("xray", None, [], ["does not exist", "JPEG"]),
     "empty folder": ("xray", lambda folder: None, [], ["is empty"]),
     "films for reports": ("report", lambda f: write_films(f / "films", 3), [], ["3 .jpg", "CSV or JSONL"]),
-    "volumes for films": ("xray", mri_as_ct, [], ["1 .nii.gz", "JPEG, PNG or DICOM"]),
+    "volumes for films": ("xray", mri_as_ct, [], ["1 .nii.gz", "BMP or DICOM"]),
     "films for volumes": ("ct", lambda f: write_films(f / "films", 3), [], ["3 .jpg", "NIfTI"]),
     "MR values for CT": ("ct", mri_as_ct, [], ["a.nii.gz", "Hounsfield"]),
     "a CT slice for X-ray": ("xray", ct_slice_as_xray, [], ["a.dcm", "type CT"]),
@@ -105,6 +113,9 @@ CASES = {
     "misspelt flag": ("xray", lambda f: None, ["--presets", "base"], ["--presets", "--help"]),
     "axes that are none": ("ct", mri_as_ct, ["--axes", "LPP"], ["LPP", "LPS"]),
     "negative workers": ("xray", lambda f: None, ["--workers", "-1"], ["-1"]),
+    "shards of nothing": ("xray", lambda f: None, ["--shard-mb", "0"], ["--shard-mb", "more than 0"]),
+    "unknown centre": ("ct", mri_as_ct, ["--centre", "heart"], ["'heart'", "volume, body"]),
+    "labels that look like names": ("xray", labels_like_names, [], ["101 different labels", "--labels"]),
 }
 
 
@@ -130,11 +141,9 @@ def test_one_sentence_and_exit_code_2(tmp_path, capsys, case):
     )
 
 
-@pytest.mark.parametrize("content", [None, b"short"], ids=["missing", "short"])
-def test_a_key_file_that_cannot_serve(tmp_path, capsys, content):
+def test_a_key_file_that_cannot_serve(tmp_path, capsys):
     films = write_films(tmp_path / "films", 3)
-    if content:
-        (tmp_path / "key").write_bytes(content)
+    (tmp_path / "key").write_bytes(b"short")
     flags = ["--out", str(tmp_path / "set"), "--key-file", str(tmp_path / "key")]
     assert build.main(["xray", str(films), *flags]) == 2
     assert "16 secret bytes" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A shard set gives back what was put in, in the same bytes every time, and never a damaged sample in silence."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from sample_files import KEY, grey_film
 from mnemos.sharding import codecs
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.keys import hashed_name
-from mnemos.sharding.manifest import load_manifest
+from mnemos.sharding.manifest import file_sha256, load_manifest, write_manifest
 from mnemos.sharding.modalities import MODALITIES
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.sample import Sample
@@ -43,6 +44,7 @@ def write_set(directory: Path, name: str, **options) -> list:
     with ShardSetWriter(
         directory,
         modality=MODALITIES[name],
+        source="synthetic",
         shape=shape,
         spacing_mm=(4.0, 3.0, 3.0) if len(shape) == 3 else None,
         preset="sample",
@@ -104,7 +106,7 @@ def test_plain_webdataset_reads_every_sample(tmp_path):
     write_set(tmp_path / "set", "ct")
     shards = ShardSet(tmp_path / "set", "train")
     assert len(shards.manifest.splits["train"].shards) > 1, "the set must span several shards"
-    urls = [str(tmp_path / "set" / "train" / s.name) for s in shards.manifest.splits["train"].shards]
+    urls = [str(tmp_path / "set" / s.name) for s in shards.manifest.splits["train"].shards]
     found = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [sample["vol"] for sample in found] == [shards.payload(place) for place in range(len(shards))]
     assert [sample["__key__"].encode() for sample in found] == shards.index["key"].tolist()
@@ -127,19 +129,107 @@ def test_fingerprint_follows_the_content(tmp_path):
     assert load_manifest(tmp_path / "ct").fingerprint != load_manifest(tmp_path / "mri").fingerprint
 
 
-def test_a_flipped_byte_is_a_data_error_with_shard_and_key(tmp_path):
+def test_a_flipped_byte_anywhere_in_a_sample_is_a_data_error_with_shard_and_key(tmp_path):
     write_set(tmp_path / "set", "ct")
     shards = ShardSet(tmp_path / "set", "train")
     place = 3
     path = tmp_path / "set" / "train" / f"{shards.index['shard'][place]:06d}.tar"
-    damaged = bytearray(path.read_bytes())
-    damaged[int(shards.index["offset"][place]) + 20] ^= 0x10
-    path.write_bytes(damaged)
-    with pytest.raises(DataError) as caught:
-        ShardSet(tmp_path / "set", "train").read(place)
-    assert path.name in str(caught.value)
-    assert shards.index["key"][place].decode() in str(caught.value)
-    ShardSet(tmp_path / "set", "train").read(place - 1)
+    whole = path.read_bytes()
+    start, span = int(shards.index["start"][place]), int(shards.index["span"][place])
+    assert whole[start : start + 16] == shards.index["key"][place], "a span begins with a header"
+    for at in range(start, start + span, 37):  # headers, payload, description and padding alike
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(DataError) as caught:
+            ShardSet(tmp_path / "set", "train").read(place)
+        assert path.name in str(caught.value)
+        assert shards.index["key"][place].decode() in str(caught.value)
+        ShardSet(tmp_path / "set", "train").read(place - 1)
+
+
+def test_the_spans_are_the_shard(tmp_path):
+    write_set(tmp_path / "set", "report")
+    shards = ShardSet(tmp_path / "set", "train")
+    end = 0
+    for start, span, shard in zip(*(shards.index[name] for name in ("start", "span", "shard")), strict=True):
+        assert start == (end if shard == 0 else 0) or shard > 0
+        end = start + span
+    for number, shard in enumerate(shards.manifest.splits["train"].shards):
+        mine = shards.index["shard"] == number
+        assert shard.samples == mine.sum()
+        covered = int(shards.index["span"][mine].sum())
+        rest = (tmp_path / "set" / shard.name).read_bytes()[covered:]
+        assert not any(rest), "nothing but tar's end lies behind the samples"
+
+
+def write_index(folder: Path, columns: dict, *, compressed: bool = False) -> None:
+    """Put another index in the place of the train split's, with a manifest that knows it."""
+    file = folder / "train" / "index.npz"
+    (np.savez_compressed if compressed else np.savez)(file, **columns)
+    manifest = load_manifest(folder)
+    split = replace(manifest.splits["train"], index_sha256=file_sha256(file))
+    manifest = replace(manifest, splits={**manifest.splits, "train": split})
+    write_manifest(folder, replace(manifest, fingerprint=manifest.content_fingerprint()))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("shard", 99, "a shard that is not there"),
+        ("shard", -1, "a shard that is not there"),
+        ("start", -512, "outside its shard"),
+        ("span", 1 << 30, "outside its shard"),
+        ("span", -512, "outside its shard"),
+        ("offset", 0, "outside its shard"),
+        ("size", 1 << 28, "outside its shard"),
+    ],
+)
+def test_an_index_that_leads_outside_is_refused(tmp_path, column, value, told):
+    write_set(tmp_path / "set", "ct")
+    columns = ShardSet(tmp_path / "set", "train").index
+    columns[column][4] = value
+    write_index(tmp_path / "set", columns)
+    with pytest.raises(UserError, match=told):
+        ShardSet(tmp_path / "set", "train")
+
+
+def test_an_index_that_could_be_a_bomb_or_a_pickle_is_refused(tmp_path):
+    write_set(tmp_path / "set", "ct")
+    columns = ShardSet(tmp_path / "set", "train").index
+    write_index(tmp_path / "set", columns, compressed=True)
+    with pytest.raises(UserError, match="compressed"):
+        ShardSet(tmp_path / "set", "train")
+    write_index(tmp_path / "set", {**columns, "extra": np.array([{}] * 9, dtype=object)})
+    with pytest.raises(UserError, match="allow_pickle"):
+        ShardSet(tmp_path / "set", "train")
+
+
+def test_a_broken_sample_is_skipped_and_its_follower_stands_in(tmp_path):
+    write_set(tmp_path / "set", "ct")
+    shards = ShardSet(tmp_path / "set", "train")
+    for place in (3, 4):
+        path = tmp_path / "set" / shards.manifest.splits["train"].shards[shards.index["shard"][place]].name
+        content = bytearray(path.read_bytes())
+        content[int(shards.index["offset"][place])] ^= 1
+        path.write_bytes(content)
+    again = ShardSet(tmp_path / "set", "train")
+    out = np.zeros((3, *again.stored_shape), again.dtype)
+    taken, skipped = again.read_into([2, 3, 7], out)
+    assert taken.tolist() == [2, 5, 7]
+    assert [one.place for one in skipped] == [3, 4]
+    assert all(again.index["key"][one.place].decode() in one.reason for one in skipped)
+    for row, place in enumerate(taken):
+        np.testing.assert_array_equal(out[row], again.read(int(place)))
+
+
+def test_a_set_of_nothing_but_broken_samples_ends(tmp_path):
+    write_set(tmp_path / "set", "ct")
+    for path in (tmp_path / "set" / "train").glob("*.tar"):
+        path.write_bytes(bytes(path.stat().st_size))
+    shards = ShardSet(tmp_path / "set", "train")
+    with pytest.raises(DataError, match="9 broken samples in a row"):
+        shards.read_into([0], np.zeros((1, *shards.stored_shape), shards.dtype))
 
 
 @pytest.mark.parametrize("victim", ["train/000000.tar", "train/index.npz", "manifest.json"])
@@ -201,6 +291,7 @@ def test_encoded_samples_move_to_another_set_unchanged(tmp_path):
     with ShardSetWriter(
         tmp_path / "buffer",
         modality=shards.manifest.modality,
+        source="synthetic",
         shape=shards.manifest.shape,
         spacing_mm=None,
         preset="sample",
@@ -232,9 +323,11 @@ def test_a_reader_travels_to_a_worker(tmp_path):
 
 def test_decoders_check_the_size_first():
     with pytest.raises(ValueError, match="16x24"):
-        codecs.decode_image(codecs.encode_image(np.zeros((1, 16, 24), np.uint8)), "jpg", (1, 24, 16))
+        codecs.decode_jpeg(
+            codecs.encode_image(np.zeros((1, 16, 24), np.uint8)), np.empty((24, 16, 1), np.uint8)
+        )
     with pytest.raises(ValueError, match="voxels"):
-        codecs.decode_volume(codecs.encode_volume(np.zeros((2, 3, 4), np.int16)), (2, 3, 5))
+        codecs.decode_volume(codecs.encode_volume(np.zeros((2, 3, 4), np.int16)), np.empty((2, 3, 5), np.int16))
     with pytest.raises(ValueError, match="token ids"):
         codecs.decode_ids(codecs.encode_ids(np.arange(9)), 8)
     with pytest.raises(ValueError, match="65535"):
@@ -268,6 +361,7 @@ def open_writer(directory: Path) -> ShardSetWriter:
     return ShardSetWriter(
         directory,
         modality=MODALITIES["ct"],
+        source="synthetic",
         shape=(4, 8, 8),
         spacing_mm=(1.0, 1.0, 1.0),
         preset="sample",

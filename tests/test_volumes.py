@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sample_files import head, write_nifti, write_series
 
-from mnemos.sharding.errors import DataError, LeftOut
+from mnemos.sharding.errors import DataError, LeftOut, UserError
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, StoredSize
-from mnemos.sharding.preprocess import resample, volume_samples
+from mnemos.sharding.preprocess import recipe, recipe_centre, resample, volume_samples
 from mnemos.sharding.sources import dicom, volumes
 from mnemos.sharding.sources.units import RawVolume
 from mnemos.sharding.sources.volumes import read_nifti
@@ -94,7 +94,7 @@ def test_a_nifti_header_that_declares_too_much_is_refused_before_reading(tmp_pat
 def test_a_truncated_nifti_is_refused(tmp_path):
     path = write_nifti(tmp_path / "volume.nii.gz", head(), np.eye(4))
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="ends early"):
         read_nifti(path)
 
 
@@ -157,43 +157,55 @@ def test_ct_values_are_hounsfield_units_clipped():
     assert len(samples) == (24 - 8) // 4 + 1 and dropped == 0
 
 
-def test_mr_values_are_z_scores_of_the_volume():
-    random = np.random.default_rng(0)
-    values = random.gamma(2.0, 200.0, (16, 64, 64)).astype(np.float32)
-    samples, _ = volume_samples(RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm), MRI, SAMPLE)
-    middle = values[1:14] if len(values[1:14]) == 13 else values
-    low, high = np.percentile(middle, (0.2, 99.8))
-    clipped = np.clip(middle, low, high)
-    expected = (clipped - clipped.mean()) / clipped.std()
-    sample = samples[0]
-    first = (13 - 8) % 4 // 2
-    model = sample.values_ZYX * sample.scale + sample.shift
-    np.testing.assert_allclose(model, expected[first : first + 8], atol=0.51 * sample.scale)
+def test_mr_samples_are_the_papers(slices=40):
+    """Middle 80 % of the slices, 16 every 8, 192x192 in the middle, clipped at 0.2 and 99.8 %, z-scored: each alone."""
+    values = np.random.default_rng(0).gamma(2.0, 200.0, (slices, 200, 230)).astype(np.float32)
+    values *= np.linspace(0.5, 2, slices, dtype=np.float32)[
+        :, None, None
+    ]  # a scanner's coil is brighter at one end
+    samples, dropped = volume_samples(RawVolume(values_ZYX=values, spacing_mm=(1, 1, 1)), MRI, PAPER)
+    middle = values[4:36]
+    assert (len(samples), dropped) == ((32 - 16) // 8 + 1, 0)
+    for number, sample in enumerate(samples):
+        cut = middle[8 * number : 8 * number + 16, 4:196, 19:211]
+        clipped = np.clip(cut, *np.percentile(cut, (0.2, 99.8)))
+        expected = (clipped - clipped.mean()) / clipped.std()
+        assert sample.values_ZYX.dtype == np.int16 and sample.values_ZYX.flags.c_contiguous
+        model = sample.values_ZYX * np.float64(sample.scale) + sample.shift
+        np.testing.assert_allclose(model, expected, atol=0.51 * sample.scale + 1e-4)
+    assert len({sample.scale for sample in samples}) == len(samples), "each sample keeps a scale of its own"
 
 
-@pytest.mark.parametrize("slices", [24, 36, 41, 60])
-def test_ct_sub_volumes_are_the_centres_of_the_papers_windows(slices):
-    size = replace(PAPER, volume=(16, 8, 8))
-    values = np.zeros((slices, 8, 8), np.float32) + np.arange(slices, dtype=np.float32)[:, None, None]
-    values[:, 0, 0] = -1000  # some air
-    samples, dropped = volume_samples(RawVolume(values_ZYX=values, spacing_mm=(1, 1, 1)), CT, size)
-    starts = [int(sample.values_ZYX[0, 4, 4]) for sample in samples]
-    assert dropped == 0
-    assert np.diff(starts).tolist() == [12] * (len(starts) - 1)
-    assert len(starts) == (slices - 16) // 12 + 1
-    if slices % 12 == 0:
-        assert starts == [4 + 12 * n for n in range(slices // 12 - 1)]
-    assert abs(starts[0] - (slices - 16 - starts[-1])) <= 1, "what is left over is left at both ends alike"
+@pytest.mark.parametrize("slices", [20, 24, 36, 41, 60])
+def test_ct_samples_are_the_papers(slices):
+    """Windows of 24 slices every 12, of which the 16x192x192 centre is stored, clipped to +-1024."""
+    values = np.random.default_rng(slices).normal(0, 900, (slices, 200, 230)).astype(np.float32)
+    values[:, 0, 0] = -3000
+    samples, dropped = volume_samples(RawVolume(values_ZYX=values, spacing_mm=(1, 1, 1)), CT, PAPER)
+    windows = max(0, slices - 24) // 12 + 1
+    assert (len(samples), dropped) == (windows, 0)
+    left_over = max(0, slices - 24) % 12
+    for number, sample in enumerate(samples):
+        first = (4 if slices >= 24 else (slices - 16) // 2) + left_over // 2 + 12 * number
+        expected = np.clip(values[first : first + 16, 4:196, 19:211], -1024, 1024)
+        np.testing.assert_array_equal(sample.values_ZYX, np.round(expected))
+        assert (sample.scale, sample.shift) == (1 / 1024, 0)
 
 
-def test_the_cut_in_plane_follows_the_body():
+def test_the_cut_in_plane_is_the_middle_or_follows_the_body():
     values = np.full((8, 100, 100), -1000, np.float32)
     values[:, 60:90, 5:35] = 50
     values[:, 98, ::8] = 500  # what is dense in a couch
-    samples, _ = volume_samples(RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm), CT, SAMPLE)
+    raw = RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm)
+    samples, _ = volume_samples(raw, CT, SAMPLE, "body")
     body = np.argwhere(samples[0].values_ZYX == 50)
     assert len(body) == 8 * 30 * 30, "the whole body lies in the cut"
     assert samples[0].values_ZYX.shape == SAMPLE.volume
+    values[:, 40:60, 40:60] = 40
+    samples, _ = volume_samples(raw, CT, SAMPLE)
+    np.testing.assert_array_equal(samples[0].values_ZYX, values[:, 18:82, 18:82])
+    with pytest.raises(UserError, match="volume, body"):
+        volume_samples(raw, CT, SAMPLE, "patient")
 
 
 def test_a_wide_ct_loses_its_rim():
@@ -202,8 +214,31 @@ def test_a_wide_ct_loses_its_rim():
     values[0, 0, 0] = -1000
     samples, _ = volume_samples(RawVolume(values_ZYX=values, spacing_mm=(4.0, 3.0, 3.0)), CT, size)
     assert (samples[0].values_ZYX[4] == 50).sum() == 96 * 96  # 80 % of 360 mm
+    oblong = RawVolume(values_ZYX=values[:, :60], spacing_mm=(4.0, 3.0, 3.0))
+    assert (volume_samples(oblong, CT, size)[0][0].values_ZYX[4] == 50).sum() == 48 * 96, (
+        "a plane is wide as a whole"
+    )
     narrow = RawVolume(values_ZYX=values[:, :100, :100], spacing_mm=(4.0, 3.0, 3.0))
     assert (volume_samples(narrow, CT, size)[0][0].values_ZYX[4] == 50).sum() == 100 * 100
+
+
+def test_the_recipe_tells_the_steps_and_what_the_cut_is_centred_on():
+    steps = recipe(CT, PAPER)
+    assert "24 slices every 12, of which the middle 16 are stored" in steps["sub-volumes"]
+    assert "192x192 around the middle of the plane" in steps["cut"] and "1024" in steps["values"]
+    assert recipe_centre(steps) == "volume" and recipe_centre(recipe(CT, PAPER, "body")) == "body"
+    del steps["centre"]
+    assert recipe_centre(steps) == "body", "what was built before there was a choice"
+    steps = recipe(MRI, PAPER)
+    assert steps["sub-volumes"].startswith("16 slices every 8;") and "0.2 and 99.8" in steps["values"]
+
+
+def test_what_counts_as_empty_is_measured_against_the_whole_mr_volume():
+    """Noise fills the range of its own sub-volume; it is still nearly empty beside a head."""
+    values = np.random.default_rng(0).uniform(0, 20, (40, 64, 64)).astype(np.float32)
+    values[20:, 8:56, 8:56] += 1000
+    samples, dropped = volume_samples(RawVolume(values_ZYX=values, spacing_mm=SAMPLE.spacing_mm), MRI, SAMPLE)
+    assert (len(samples), dropped) == (4, 3)
 
 
 def test_nearly_empty_sub_volumes_are_dropped():

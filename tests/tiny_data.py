@@ -86,6 +86,7 @@ def _make_set(folder: Path, modality: Modality, samples: int, tokenizer_file: Pa
     with ShardSetWriter(
         folder,
         modality=modality,
+        source="synthetic",
         shape=shape,
         spacing_mm=size.spacing_mm if modality.kind == "volume" else None,
         preset="sample",

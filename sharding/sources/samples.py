@@ -5,92 +5,86 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from mnemos.sharding.errors import DataError, LeftOut, UserError
-from mnemos.sharding.modalities import DICOM_TYPES, Modality, StoredSize
-from mnemos.sharding.preprocess import volume_samples
-from mnemos.sharding.sample import Sample
-from mnemos.sharding.sources import dicom, images, texts, volumes
-from mnemos.sharding.sources.units import Unit, describe_files, files_below
+from mnemos.sharding.modalities import Modality, StoredSize
+from mnemos.sharding.sources.bounds import refusing
+from mnemos.sharding.sources.registry import GENERAL, readers, sources
+from mnemos.sharding.sources.source import FindOptions, Outcome, Source
+from mnemos.sharding.sources.units import Unit, describe_files, files_below, leads_out
 
 _WANTED = {
     "text": "CSV or JSONL tables",
-    "image": "JPEG, PNG or DICOM pictures",
+    "image": "JPEG, PNG, TIFF, BMP or DICOM pictures",
     "volume": "NIfTI files or DICOM series",
 }
+_LINKED = "it is a link that leads out of the input folder; copy the file, or give the folder that it lies in"
 _CHUNKS = {"image": 16, "volume": 1}  # units a worker takes at a time: a picture is small, a volume is not
 _ALONE = 64  # fewer pictures than this are read before a second process has started
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What became of one unit.
-
-    Attributes:
-        samples: what is stored of it.
-        dropped: number of nearly empty sub-volumes.
-        doubtful: its orientation may be wrong, because its header looks made up.
-        broken: why it cannot be read; "" where it can.
-        left_out: why a sound unit gives no sample.
-    """
-
-    samples: tuple[Sample, ...] = ()
-    dropped: int = 0
-    doubtful: bool = False
-    broken: str = ""
-    left_out: str = ""
-
-
-def find_units(
-    source: Path, modality: Modality, *, text_column: str, label_column: str, group_column: str, axes: str
-) -> list[Unit]:
+def find_units(source_path: Path, modality: Modality, options: FindOptions, source: str = "") -> list[Unit]:
     """List what a folder (or a single file) holds for a modality, in name order.
 
+    Args:
+        source_path: the input.
+        modality: decides which sources can serve.
+        options: what the user said about the input.
+        source: name of the one source to ask; "": every general one that can serve, their units joined.
+
     Raises:
-        UserError: the input is missing, empty, or holds only files of another kind.
+        UserError: an unknown source, or one that does not give this modality; or the input is missing, empty, or
+            holds only files of another kind.
     """
-    wanted = _WANTED[modality.kind]
-    if not source.exists():
-        raise UserError(f"input {source} does not exist; give a folder with {wanted}")
-    files, root = files_below(source), source if source.is_dir() else source.parent
-    if not files:
-        raise UserError(f"input folder {source} is empty; {modality.name} is built from {wanted}")
-    if modality.kind == "text":
-        columns = {"text_column": text_column, "label_column": label_column, "group_column": group_column}
-        units = texts.find_texts(files, root, **columns)
-    elif modality.kind == "image":
-        units = images.find_images(files, root) + dicom.find_pictures(files, root)
-    else:
-        units = volumes.find_nifti(files, root, volumes.check_axes(axes)) + dicom.find_series(files, root)
+    asked = _chosen(source, modality)
+    wanted = asked[0].about if source else _WANTED[modality.kind]
+    if not source_path.exists():
+        raise UserError(f"input {source_path} does not exist; give a folder with {wanted}")
+    if source_path.is_dir() and not any(source_path.iterdir()):
+        raise UserError(f"input folder {source_path} is empty; {modality.name} is built from {wanted}")
+    units = [unit for one in asked for unit in one.find(source_path, modality, options)]
     if not units:
+        found = describe_files(files_below(source_path)) or "no file"
         raise UserError(
-            f"input {source} holds {describe_files(files)} but {modality.name} is built from {wanted}; "
+            f"input {source_path} holds {found} but {modality.name} is built from {wanted}; "
             "check the modality and the folder"
         )
+    if modality.kind == "volume":
+        units = [replace(unit, facts={"centre": options.centre, **unit.facts}) for unit in units]
+    for place, unit in enumerate(units):
+        if any(leads_out(path, source_path) for path in unit.files):
+            units[place] = replace(unit, broken=_LINKED)
     return sorted(units, key=lambda unit: unit.name)
+
+
+def _chosen(name: str, modality: Modality) -> list[Source]:
+    """Return the sources to ask; UserError where the named one is unknown or serves other modalities."""
+    known = sources()
+    serving = [key for key in known if modality.kind in known[key].kinds and known[key].fits(modality)]
+    if not name:
+        return [known[key] for key in GENERAL if key in serving]
+    if name not in known:
+        raise UserError(f"source {name!r} is unknown; for {modality.name} choose one of {', '.join(serving)}")
+    if name not in serving:
+        raise UserError(
+            f"source {name} ({known[name].about}) gives no {modality.name}; choose one of {', '.join(serving)}"
+        )
+    return [known[name]]
 
 
 def read_unit(unit: Unit, modality: Modality, size: StoredSize) -> Outcome:
     """Read one unit and bring it to its stored form; never raises for what the unit holds."""
-    if unit.broken:
-        return Outcome(broken=unit.broken)
+    if unit.broken or unit.left_out:
+        return Outcome(broken=unit.broken, left_out=unit.left_out)
     try:
-        return _read(unit, modality, size)
+        with refusing("it cannot be read", explain=False):
+            return readers()[unit.reader](unit, modality, size)
     except LeftOut as reason:
         return Outcome(left_out=str(reason))
     except DataError as error:
         return Outcome(broken=error.reason)
-    except OSError as error:
-        return Outcome(broken=f"it cannot be read ({error.strerror or error})")
-    except (
-        ValueError,
-        MemoryError,
-        OverflowError,
-        ArithmeticError,
-    ) as error:  # a header's nonsense that got this far
-        return Outcome(broken=f"it cannot be used ({type(error).__name__}: {error})")
 
 
 def read_units(units: list[Unit], modality: Modality, size: StoredSize, workers: int) -> Iterator[Outcome]:
@@ -117,36 +111,3 @@ def read_units(units: list[Unit], modality: Modality, size: StoredSize, workers:
 
 def _read_chunk(units: list[Unit], modality: Modality, size: StoredSize) -> list[Outcome]:
     return [read_unit(unit, modality, size) for unit in units]
-
-
-def _read(unit: Unit, modality: Modality, size: StoredSize) -> Outcome:
-    types, group = DICOM_TYPES.get(modality.name, ()), unit.group or unit.name
-    path = unit.files[0]
-    if unit.reader == "text":
-        if not unit.text:
-            raise LeftOut("empty text")
-        return Outcome(samples=(Sample(array=unit.text, source=unit.name, group=group, label=unit.label),))
-    if unit.reader in ("image", "dicom_image"):
-        if unit.reader == "image":
-            array = images.read_image(path, modality.channels, size.image)
-        else:
-            array = dicom.read_picture(path, types, modality.channels, size.image)
-        sample = Sample(array=array, source=unit.name, group=group, label=unit.label, scale=1 / 255)
-        return Outcome(samples=(sample,))
-    if unit.reader == "nifti":
-        raw = volumes.read_nifti(path, unit.axes)
-    else:
-        raw = dicom.read_series(unit.files, types, invert=modality.values != "hounsfield")
-    parts, dropped = volume_samples(raw, modality, size)
-    samples = (
-        Sample(
-            array=part.values_ZYX,
-            source=f"{unit.name}:{number}",
-            group=group,
-            label=unit.label,
-            scale=part.scale,
-            shift=part.shift,
-        )
-        for number, part in enumerate(parts)
-    )
-    return Outcome(samples=tuple(samples), dropped=dropped, doubtful=raw.doubtful)

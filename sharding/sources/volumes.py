@@ -6,10 +6,28 @@ from pathlib import Path
 import numpy as np
 
 from mnemos.sharding.errors import DataError, UserError
-from mnemos.sharding.sources.units import MAX_VOXELS, RawVolume, Unit, patient_axes, relative_name, suffix
+from mnemos.sharding.modalities import Modality, StoredSize
+from mnemos.sharding.preprocess import volume_samples
+from mnemos.sharding.sample import Sample
+from mnemos.sharding.sources.nifti_file import read_nifti_file
+from mnemos.sharding.sources.source import FindOptions, Outcome, Source
+from mnemos.sharding.sources.units import (
+    RawVolume,
+    Unit,
+    files_below,
+    patient_axes,
+    relative_name,
+    root_of,
+    suffix,
+)
 
 ENDINGS = (".nii", ".nii.gz")
 SPACING_MM = (0.01, 50.0)  # a voxel outside this range is a header's mistake
+MOST_MM = 3000.0  # a volume longer than this, too
+MOST_GROWTH = (
+    64  # times as many voxels after resampling; thick slices of a coarse scan become fifty times as many
+)
+FREE_VOXELS = 64 << 20  # up to here any growth is believed
 _TOWARDS = {
     "L": (0, 1),
     "R": (0, -1),
@@ -18,14 +36,14 @@ _TOWARDS = {
     "S": (2, 1),
     "I": (2, -1),
 }  # axis and sign in LPS
-_MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
-def find_nifti(files: list[Path], root: Path, axes: str) -> list[Unit]:
-    """Return one unit for every NIfTI file; ``axes`` as in ``read_nifti``."""
+def find_nifti(source: Path, modality: Modality, options: FindOptions) -> list[Unit]:
+    """Return one unit for every NIfTI file."""
+    axes = check_axes(options.axes)
     return [
-        Unit(name=relative_name(path, root), reader="nifti", files=(path,), axes=axes)
-        for path in files
+        Unit(name=relative_name(path, root_of(source)), reader="nifti", files=(path,), axes=axes)
+        for path in files_below(source)
         if suffix(path) in ENDINGS
     ]
 
@@ -39,46 +57,16 @@ def read_nifti(path: Path, axes: str = "") -> RawVolume:
             says.
 
     Raises:
-        DataError: unreadable, not of three dimensions (one further of size 1 is allowed), more than 2 GiB as
-            float32, impossible spacing, or no finite value.
+        DataError: as ``read_nifti_file``; impossible spacing, or no finite value.
     """
-    import nibabel
-
-    try:
-        image = nibabel.nifti1.load(path)
-    except Exception as error:  # nibabel raises its own classes and those of gzip, zlib and struct
-        raise DataError(f"it is not a readable NIfTI file ({error})") from error
-    shape = tuple(int(size) for size in image.shape)
-    if len(shape) < 3:
-        raise DataError(f"it has {len(shape)} dimensions ({'x'.join(map(str, shape))}); a volume needs three")
-    if any(size != 1 for size in shape[3:]):
-        raise DataError(
-            f"it holds {int(np.prod(shape[3:]))} frames ({'x'.join(map(str, shape))}); store one per file"
-        )
-    if int(np.prod(shape, dtype=object)) > MAX_VOXELS:
-        raise DataError(
-            f"its header declares {'x'.join(map(str, shape))} voxels, more than 2 GiB; cut it into parts"
-        )
-    if image.get_data_dtype().fields is not None or np.issubdtype(image.get_data_dtype(), np.complexfloating):
-        raise DataError("its voxels are colours or complex numbers; one real value a voxel is needed")
-    unit = _MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
-    try:
-        values = image.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape[:3])
-    except Exception as error:  # a truncated file raises as the decompressor likes
-        raise DataError(f"its voxels cannot be read ({error})") from error
-    affine_lps = (
-        np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine
-    )  # NIfTI counts towards the right and the front
-    affine_lps[:3] *= unit
+    values, affine, unit_mm = read_nifti_file(path)
+    affine_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # NIfTI counts towards the right and the front
+    affine_lps[:3] *= unit_mm
     if axes:
         affine_lps = axes_affine(axes, np.sqrt((affine_lps[:3, :3] ** 2).sum(axis=0)))
     # A scanner's first voxel never lies at its centre: such a header was made up by a program that knew no
     # position, and then as a rule no direction either.
-    made_up = (
-        not axes
-        and not image.affine[:3, 3].any()
-        and not (image.affine - np.diag(np.diag(image.affine))).any()
-    )
+    made_up = not axes and not affine[:3, 3].any() and not (affine - np.diag(np.diag(affine))).any()
     return replace(oriented(values, affine_lps), doubtful=made_up)
 
 
@@ -107,9 +95,11 @@ def oriented(values: np.ndarray, affine_lps: np.ndarray) -> RawVolume:
     """Bring a volume into patient order and check that its numbers make sense.
 
     Args:
-        values: float32, three axes.
+        values: float32, three axes; changed in place, because there may not be room for two of them.
         affine_lps: [4, 4] from voxel indices to millimetres towards left, back and head.
     """
+    from nibabel.orientations import io_orientation
+
     spacing = np.sqrt((affine_lps[:3, :3] ** 2).sum(axis=0))
     if not (
         np.isfinite(affine_lps).all() and ((spacing >= SPACING_MM[0]) & (spacing <= SPACING_MM[1])).all()
@@ -118,11 +108,17 @@ def oriented(values: np.ndarray, affine_lps: np.ndarray) -> RawVolume:
         raise DataError(
             f"its voxels are said to be {sizes} mm; between {SPACING_MM[0]} and {SPACING_MM[1]} is allowed"
         )
+    if max(values.shape * spacing) > MOST_MM:
+        raise DataError(
+            f"it would be {max(values.shape * spacing) / 1000:g} m long: its voxel sizes are wrong"
+        )
+    if np.isnan(io_orientation(affine_lps)).any():
+        raise DataError("its axes lie in one plane and span no volume")
     finite = np.isfinite(values)
     if not finite.any():
         raise DataError("none of its values is a finite number")
     if not finite.all():  # often how "outside the patient" is written
-        values = np.where(finite, values, values[finite].min())
+        np.copyto(values, values.min(where=finite, initial=np.inf), where=~finite)
     values_ZYX = patient_axes(values, affine_lps)
     axis_mm = patient_axes_spacing(spacing, affine_lps)
     return RawVolume(values_ZYX=values_ZYX.astype(np.float32, copy=False), spacing_mm=axis_mm)
@@ -134,3 +130,45 @@ def patient_axes_spacing(spacing: np.ndarray, affine_lps: np.ndarray) -> tuple[f
 
     x, y, z = (float(spacing[list(io_orientation(affine_lps)[:, 0]).index(axis)]) for axis in range(3))
     return z, y, x
+
+
+def _check_growth(raw: RawVolume, size: StoredSize) -> None:
+    """Refuse voxels so coarse that a small file would be resampled to gigabytes."""
+    growth = float(np.prod(raw.spacing_mm) / np.prod(size.spacing_mm))
+    if growth > MOST_GROWTH and raw.values_ZYX.size * growth > FREE_VOXELS:
+        sizes = " x ".join(f"{mm:g}" for mm in raw.spacing_mm)
+        raise DataError(
+            f"its voxels are said to be {sizes} mm: resampled it would be {growth:.0f} times as large"
+        )
+
+
+def volume_outcome(unit: Unit, raw: RawVolume, modality: Modality, size: StoredSize) -> Outcome:
+    """Cut a volume into the preset's sub-volumes, the samples of its unit; raises as ``volume_samples``."""
+    _check_growth(raw, size)
+    parts, dropped = volume_samples(raw, modality, size, unit.facts.get("centre", "volume"))
+    samples = (
+        Sample(
+            array=part.values_ZYX,
+            source=f"{unit.name}:{number}",
+            group=unit.group or unit.name,
+            label=unit.label,
+            scale=part.scale,
+            shift=part.shift,
+        )
+        for number, part in enumerate(parts)
+    )
+    return Outcome(samples=tuple(samples), dropped=dropped, doubtful=raw.doubtful)
+
+
+def read_unit(unit: Unit, modality: Modality, size: StoredSize) -> Outcome:
+    """Read a unit that is one NIfTI file."""
+    return volume_outcome(unit, read_nifti(unit.files[0], unit.axes), modality, size)
+
+
+SOURCE = Source(
+    name="volumes",
+    about="NIfTI files in any folders",
+    kinds=("volume",),
+    find=find_nifti,
+    readers={"nifti": read_unit},
+)

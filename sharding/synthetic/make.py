@@ -152,6 +152,7 @@ def make_set(name: str, folder: Path, groups: dict[str, int], seed: int = SEED) 
         with ShardSetWriter(
             folder,
             modality=modality,
+            source="synthetic",
             shape=shape,
             spacing_mm=SIZE.spacing_mm if modality.kind == "volume" else None,
             preset="sample",
