@@ -195,6 +195,7 @@ class PretrainedEncoder:
 
 def _read_samples(source: str | Path | np.ndarray, record: dict[str, Any]) -> list[Sample]:
     """Return what shards would hold of a file or an array, by the modality's own preprocessing."""
+    from mnemos.sharding.preprocess import recipe_centre
     from mnemos.sharding.sources.samples import find_units, read_unit
     from mnemos.sharding.sources.source import FindOptions
 
@@ -215,7 +216,7 @@ def _read_samples(source: str | Path | np.ndarray, record: dict[str, Any]) -> li
             shift = -float(source.mean()) * scale
         return [Sample(array=source, source="array", scale=scale, shift=shift)]
     samples: list[Sample] = []
-    for unit in find_units(Path(source), modality, FindOptions()):
+    for unit in find_units(Path(source), modality, FindOptions(centre=recipe_centre(record["recipe"]))):
         outcome = read_unit(unit, modality, size)
         if reason := outcome.broken or outcome.left_out:
             raise UserError(f"{unit.name}: {reason}; give a sound file of modality {modality.name}")

@@ -94,8 +94,7 @@ class SetFiller:
                     filled.broken.append((self.units[number].name, reason))
                     if len(filled.broken) > allowed:
                         raise UserError(_too_many_broken(filled.broken, len(self.units), allowed))
-                if number not in known_broken:
-                    self._take(number, outcome)
+                self._take(number, outcome)
                 bar.update()
         for state in progress.values():
             state.unit, state.sample = len(self.units), 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def _size_and_date(path: Path) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 LOCK, PART = ".lock", ".part"
+ROOM = "room"  # whoever has its lock may count, evict and reserve
 POLL_S = 0.05
 
 
@@ -76,7 +77,10 @@ class Cache:
                 view = _map_file(part, size)
                 if view is None:
                     raise OSError(f"{part} lost its length while it was written")
-                part.replace(slot)
+                with _locked(
+                    self.folder / ROOM
+                ):  # whoever counts meanwhile must see it under one of its names
+                    part.replace(slot)
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
@@ -84,20 +88,22 @@ class Cache:
 
     def _reserve(self, part: Path, size: int) -> None:
         """Make a file of this length, once older copies have made room for it."""
-        with _locked(self.folder / "room"):
-            while self._excess(size) > 0:
-                time.sleep(POLL_S)  # the rest is being fetched: that ends, and can be evicted then
-            number = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                os.truncate(number, size)
-            finally:
-                os.close(number)
+        while True:
+            with _locked(self.folder / ROOM):
+                if self._excess(size) <= 0:
+                    number = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                    try:
+                        os.truncate(number, size)
+                    finally:
+                        os.close(number)
+                    return
+            time.sleep(POLL_S)  # the rest is being fetched: that ends, and can be evicted then
 
     def _excess(self, size: int) -> int:
         """Evict until `size` more bytes fit; return how many are too many, or at most 0."""
         copies, used = [], 0
         for path in self.folder.glob("*/*"):
-            with contextlib.suppress(OSError):  # it went away
+            with contextlib.suppress(FileNotFoundError):  # a fetch failed meanwhile
                 if path.suffix == LOCK or (path.suffix == PART and _sweep(path)):
                     continue
                 status = path.stat()

@@ -115,10 +115,10 @@ def _padded(texts: list[np.ndarray]) -> Tensor:
 
 
 def _raw_batch(shards: ShardSet, request: Request, data: Tensor, taken: np.ndarray) -> RawBatch:
-    if shards.manifest.kind == "image":
+    if shards.manifest.kind == "volume" or shards.manifest.channels == 1:
+        data = data.reshape(len(data), 1, *shards.manifest.shape)
+    elif shards.manifest.kind == "image":
         data = data.permute(0, 3, 1, 2)
-    elif shards.manifest.kind == "volume":
-        data = data[:, None]
     return RawBatch(
         step=request.step,
         member=request.member,

@@ -155,7 +155,9 @@ NIFTI = {
         + bytes(2_000_000),
     ),
     "voxels of 49 mm": nifti("m long", nifti_header((100, 4, 4), srow_x=[49, 0, 0, 0]) + bytes(3200)),
-    "axes in one plane": nifti("one plane", nifti_header(SHAPE, srow_y=[-3, 0, 0, 0]) + VOXELS),
+    "axes in one plane": nifti(
+        "one plane", nifti_header(SHAPE, srow_x=[-3, -3, 0, 0], srow_y=[0, 0, 0, 0]) + VOXELS
+    ),
     "quaternion of no rotation": nifti(
         "orientation", nifti_header(SHAPE, sform_code=0, qform_code=1, quatern_b=1e30) + VOXELS
     ),

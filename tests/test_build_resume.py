@@ -111,7 +111,7 @@ def num_finished(folder: Path) -> int:
 def write_reports(folder: Path) -> Path:
     """Write reports with a copy, an empty one and a broken line among them."""
     lines = [
-        json.dumps({"text": f"The heart is normal in case {n}.", "group": f"g{n % 9}"}) for n in range(20)
+        json.dumps({"text": f"The heart is normal in case {n}.", "group": f"g{n % 9}"}) for n in range(16)
     ]
     lines[11], lines[12], lines[13] = lines[3], json.dumps({"text": " "}), "{no json"
     file = folder / "reports.jsonl"
@@ -197,8 +197,8 @@ def test_killed_again_and_again(tmp_path):
 def test_killed_while_it_begins_again(tmp_path):
     argv = command(tmp_path, "report", write_reports(tmp_path), "--rare-words", 0)
     assert build.main([*argv, "--out", str(tmp_path / "reference")]) == 0
-    for number in range(24):
-        killed_after_record(3, argv)
+    for number in range(14):
+        killed_after_record(2, argv)
         assert killed_before_change(number, [*argv, "--fresh"])
         assert build.main(argv) == 0
         assert stored(tmp_path / "set") == stored(tmp_path / "reference")

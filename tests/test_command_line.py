@@ -321,17 +321,39 @@ def test_numbers_that_go_bad_stop_the_run(tiny_sets: Path, tmp_path: Path) -> No
     assert f"stage {LAST}" in error and "training.base_lr" in error
 
 
-def test_a_broken_sample_is_named(tiny_sets: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_sets / LAST, tmp_path / "sets" / LAST)
-    tar = tmp_path / "sets" / LAST / "train" / "000000.tar"
+def break_samples(tiny_sets: Path, folder: Path, *places: int) -> list[str]:
+    """Copy a set below `folder`, flip a bit of some samples and return their keys."""
+    shutil.copytree(tiny_sets / LAST, folder / LAST)
+    tar = folder / LAST / "train" / "000000.tar"
     index = ShardSet(tiny_sets / LAST, "train").index
     data = bytearray(tar.read_bytes())
-    data[int(index["offset"][7]) + 100] ^= 1
+    for place in places:
+        data[int(index["offset"][place]) + 100] ^= 1
     tar.write_bytes(data)
+    return [index["key"][place].decode() for place in places]
+
+
+def test_a_broken_sample_is_skipped_told_and_kept_out_of_the_buffer(tiny_sets: Path, tmp_path: Path) -> None:
+    (key,) = break_samples(tiny_sets, tmp_path / "sets", 7)
+    flags = ["--stage", LAST, "--data", "sets", *SMALL, "--set", f"curriculum.stages=[{LAST}]"]
+    kept = ["--set", "buffer.clusters_percent=100", "--set", "data.workers=2", "--set", "training.steps=8"]
+    done = call(PYTHON, *flags, *kept, "--run", "run", cwd=tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("skipped ")]
+    assert told and all(f"000000.tar:{key}: " in line and "checksum" in line for line in told)
+    stage = tmp_path / "run" / "stages" / f"01-{LAST}"
+    (line,) = (stage / "skipped.jsonl").read_text().splitlines()
+    assert key in json.loads(line)["skipped"]
+    buffer = ShardSet(stage / "buffer", "train")
+    assert len(buffer) == 31 and key.encode() not in buffer.index["key"]
+
+
+def test_too_many_broken_samples_stop_the_run(tiny_sets: Path, tmp_path: Path) -> None:
+    keys = break_samples(tiny_sets, tmp_path / "sets", 7, 8, 20)
     flags = ["--stage", LAST, "--data", "sets", *SMALL, "--set", f"curriculum.stages=[{LAST}]"]
     done = call(PYTHON, *flags, cwd=tmp_path, expect=65)
     (error,) = errors(done)
-    assert "000000.tar" in error and index["key"][7].decode() in error and "checksum" in error
+    assert "000000.tar" in error and any(key in error for key in keys) and "checksum" in error
+    assert "2 of 32 samples of this set are broken, 1 may be" in error
 
 
 # Mistakes

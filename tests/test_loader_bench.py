@@ -150,6 +150,15 @@ def test_a_straw_man_is_named(sort: str, rate: float, us: float, fair: bool) -> 
     assert bool(loader_timing.straw_man(sort, rate, us)) != fair
 
 
+def test_decoders_alone_open_the_same_samples(data: dict[str, Data]) -> None:
+    for decoders in (loader_timing.DECODERS, loader_timing.AUTHORS_DECODERS):
+        for sort, one in decoders.items():
+            items, truth_CYX = one.items(data[sort]), data[sort].truth_NCYX[0]
+            found: Any = one.decode(items[0])
+            whole = truth_CYX.tobytes() if sort == "volume" else truth_CYX.transpose(1, 2, 0).tobytes()
+            assert bytes(found) == whole and loader_timing.calibrate(one, items) > 0
+
+
 def found_of(data: Data, us: float, **rates: list[float]) -> loader.Found:
     """Return what would be found with these rates; names with an underscore for a blank, `authors` for the authors'."""
     named = {

@@ -8,16 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sample_files import KEY
+from numbered_sets import BATCH, SIZE, schedule_of, write_numbered
 
 from mnemos.engine.slots import CURRENT, Schedule
 from mnemos.engine.stage_training import _requests
-from mnemos.sharding.modalities import MODALITIES
 from mnemos.sharding.order import batch_samples, epoch_order, num_streams
 from mnemos.sharding.reader import ShardSet
-from mnemos.sharding.sample import Sample
 from mnemos.sharding.stream import stream
-from mnemos.sharding.writer import ShardSetWriter
 
 SHARDS = (40, 13, 1, 77, 52, 0, 9)
 
@@ -79,46 +76,11 @@ def test_the_number_of_streams(batch: int, samples: int, shards: int, most: int,
     assert num_streams(batch=batch, samples=samples, shards=shards, most=most) == expected
 
 
-BATCH = 12
-SIZE = 53
-
-
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Return a set of 53 images that say their own number, in more than ten shards."""
-    folder = tmp_path_factory.mktemp("order") / "set"
-    with ShardSetWriter(
-        folder,
-        modality=MODALITIES["xray"],
-        source="synthetic",
-        shape=(8, 8),
-        spacing_mm=None,
-        preset="sample",
-        classes=(),
-        recipe={},
-        key=KEY,
-        shard_bytes=12_000,
-        lossless=True,
-    ) as writer:
-        for number in range(SIZE):
-            writer.add("train", Sample(array=np.full((1, 8, 8), number, np.uint8), source=f"{number}"))
-    shards = ShardSet(folder, "train")
+    shards = ShardSet(write_numbered(tmp_path_factory.mktemp("order") / "set"), "train")
     assert len(shards.manifest.splits["train"].shards) > 10
     return shards
-
-
-def schedule_of(shards: ShardSet) -> Schedule:
-    """Return the schedule of three epochs."""
-    return Schedule(
-        sizes=(SIZE,),
-        batch=BATCH,
-        pretext_steps=3 * (SIZE // BATCH),
-        least_share=0.0,
-        seed=7,
-        stage="order",
-        shards=(tuple(shard.samples for shard in shards.manifest.splits["train"].shards),),
-        streams=4,
-    )
 
 
 def delivered(shards: ShardSet, ranks: int, workers: int, start: int, stop: int) -> list[list[int]]:

@@ -106,6 +106,7 @@ PIECES = [word for text, _ in GONE for word in text.split()] + [
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map(" ".join) | st.text(max_size=60))
 @example("[**" * 20 + "**]" * 20)
+@example("ID: the 92-year-old")  # a mark that makes another pattern fit
 def test_a_second_time_changes_nothing(text: str) -> None:
     once = hide_identifiers(text)
     assert hide_identifiers(once) == once
@@ -270,4 +271,5 @@ def test_a_scrubber_that_fails_is_named_and_the_text_is_not(own: None, function:
     with pytest.raises(UserError, match=told) as caught:
         scrub_units(units(["Zanetti"]), scrubber=f"own_scrubber:{function}")
     assert "Zanetti" not in str(caught.value)
+    assert caught.value.__cause__ is None, "a traceback would quote the text"
     assert caught.value.__suppress_context__ or caught.value.__context__ is None

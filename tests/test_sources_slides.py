@@ -43,7 +43,13 @@ def write_slide(
     """Write an Aperio file: levels in tiles; thumbnail, label and macro in strips, with planted colour and text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     about = f"Aperio Image Library v11.2.1\n{pixels.shape[1]}x{pixels.shape[0]} [0,0] (256x256) JPEG/RGB Q=70{header}"
-    tiled = {"photometric": "rgb", "tile": (EDGE, EDGE), "compression": "zlib", "metadata": None}
+    tiled = {
+        "photometric": "rgb",
+        "tile": (EDGE, EDGE),
+        "compression": "zlib",
+        "compressionargs": {"level": 1},
+        "metadata": None,
+    }
     strips = {"photometric": "rgb", "rowsperstrip": 16, "metadata": None}
     planted = np.full((64, 96, 3), PLANTED, np.uint8)
     with tifffile.TiffWriter(path) as file:

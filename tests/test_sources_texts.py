@@ -78,17 +78,23 @@ SECTIONS = {
         NEW_STYLE,
         (
             "No pneumonia. Large heart. The cardiac silhouette is large, 16.5 cm. There is a tube that ends 4.1 cm "
-            "above the carina. No effusion, compared with, is seen."
+            "above the carina. No effusion, compared with ___, is seen."
         ),
     ),
     "old style": (OLD_STYLE, "Lungs are clear. The heart is of normal size."),
     "wet read": (WET_READ, "No pneumothorax. AP view: the tube has been withdrawn."),
+    "wet read alone has an impression": (
+        WET_READ.split(" CONCLUSION")[0],
+        "AP view: the tube has been withdrawn.",
+    ),
     "addendum": (ADDENDUM, "Low lung volumes. The lungs are low."),
     "no section": (NO_SECTION, ""),
     "nothing": ("", ""),
     "windows": (" IMPRESSION:  Clear\r\n lungs.\r\n", "Clear lungs."),
     "no FINAL REPORT": ("FINDINGS: Clear lungs.", "Clear lungs."),
     "a colon in a sentence": (" FINDINGS:  Two things: DEVICES: none, and\n AP: rotated.", None),
+    "several marks": (" FINDINGS:  Told Dr. ___ ___ on ___.", "Told Dr. ___ on ___."),
+    "a line across": (" FINDINGS:  Clear.\n ____________\n Told ___.", "Clear. Told ___."),
     "not UTF-8": (" IMPRESSION:  A \ufffd\ufffd mild oedema .", "A mild oedema."),
 }
 
@@ -131,6 +137,9 @@ def test_headings(heading, kind):
     assert section_kind(heading) == kind
 
 
+AS_THEY_ARE = ("--scrubber", "none", "--rare-words", "0")  # in so few texts every word is rare
+
+
 def run(tmp_path: Path, source: str, root: Path, *flags: str) -> int:
     """Build with the tests' key and return the exit code."""
     given = ["report", str(root), "--out", str(tmp_path / "set"), "--key-file", key_file(tmp_path)]
@@ -158,13 +167,13 @@ def reports() -> dict[tuple[int, int], str]:
         for number in SPLIT_OF_PATIENT
         for place in range(2)
     }
-    return texts | {(12, 0): NO_SECTION, (13, 0): " IMPRESSION:  Unchanged ___ film.\n"}
+    return texts | {(12, 0): NO_SECTION, (13, 0): " IMPRESSION:  Unchanged ___ ___ film.\n"}
 
 
 def test_mimic_cxr_reports_with_the_tables_of_the_films(tmp_path):
     root = write_mimic_reports(tmp_path / "mimic-cxr-reports", reports())
     write_mimic_tables(root, packed=True)
-    assert run(tmp_path, "mimic-cxr-reports", root) == 0
+    assert run(tmp_path, "mimic-cxr-reports", root, *AS_THEY_ARE) == 0
     found = stored(tmp_path / "set")
     assert load_manifest(tmp_path / "set").skipped == {
         "study without a PA or AP film": 6,
@@ -179,12 +188,11 @@ def test_mimic_cxr_reports_with_the_tables_of_the_films(tmp_path):
         assert (split, label) == ("val" if number == 14 else "train", "")
         assert group == hashed_name(KEY, f"p{patient(number)}"), "the group of the same patient's films"
         assert text.startswith(f"No pneumonia. Case {number}0. The cardiac") and "year old" not in text
-        assert "_" not in text
 
 
 def test_mimic_cxr_reports_without_tables_are_split_by_patient(tmp_path):
     root = write_mimic_reports(tmp_path / "mimic-cxr-reports", reports())
-    assert run(tmp_path, "mimic-cxr-reports", root, "--val-fraction", "0.3") == 0
+    assert run(tmp_path, "mimic-cxr-reports", root, "--val-fraction", "0.3", *AS_THEY_ARE) == 0
     found = stored(tmp_path / "set")
     assert len(found) == 10
     groups = {

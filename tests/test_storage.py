@@ -79,9 +79,9 @@ def test_what_will_not_change_fails_at_once(tmp_path: Path, status: str) -> None
 
 def test_a_stalled_answer_is_given_up(tmp_path: Path) -> None:
     with FlakyServer(SHARDS, always={FIRST: "stall"}) as server:
-        store = remote(server.url, quick(tmp_path, range_bytes=ONE_RANGE, retries=1, timeout_s=0.2))
-        with pytest.raises(StoreError, match=r"TimedOut"):
-            view(store, FIRST)
+        store = remote(server.url, quick(tmp_path, retries=1, timeout_s=0.2))
+        with pytest.raises(StoreError, match="TimedOut"):
+            store.read_small(FIRST, 10_000_000)  # a bound that leaves the whole answer minutes
         assert server.count(FIRST) == 2
 
 
@@ -122,7 +122,7 @@ def test_sha256_is_checked_after_fetching(tmp_path: Path) -> None:
 
 def test_read_small_and_exists(tmp_path: Path) -> None:
     files = {"manifest.json": b"{}", "empty": b"", "a b/ü%20#?.json": b"odd"}
-    with FlakyServer(files, rate=1 / 3, seed=3, faults=("500", "503", "drop")) as server:
+    with FlakyServer(files, rate=1 / 3, seed=3) as server:
         store = remote(server.url + "/", quick(tmp_path, retries=8))
         assert [store.exists(name) for name in (*files, "none")] == [True, True, True, False]
         assert [store.read_small(name, 100) for name in files] == list(files.values())
@@ -221,7 +221,7 @@ def test_s3_keys_of_the_command_line_files(
 def test_settings_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AZURE_")]:
         monkeypatch.delenv(name)
-    with pytest.raises(StoreError, match="Account must be specified"):
+    with pytest.raises(StoreError, match=r"Account must be specified.*check the address and the credentials"):
         remote("az://container/sets", quick(tmp_path)).exists("manifest.json")
 
 

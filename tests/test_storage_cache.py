@@ -19,6 +19,7 @@ from remote_sets import FIRST, ONE_RANGE, SECOND, SHARDS, SIZE, cached, quick, r
 from mnemos.sharding import cache as cache_module
 from mnemos.sharding.errors import StoreError, UserError
 from mnemos.sharding.remote import objects
+from mnemos.sharding.remote.ahead import Ahead
 from mnemos.sharding.storage import RemoteStore, default_cache_dir
 
 
@@ -83,6 +84,28 @@ def test_a_limit_below_one_shard_is_refused(tmp_path: Path) -> None:
         store.view(FIRST, SIZE)
 
 
+def test_a_lock_taken_over_keeps_others_out(tmp_path: Path) -> None:
+    took_over, done = threading.Event(), threading.Event()
+
+    def wait_for_it() -> None:
+        with cache_module._locked(tmp_path / "a"):
+            took_over.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=wait_for_it, daemon=True)
+    with cache_module._locked(tmp_path / "a"):
+        thread.start()
+        time.sleep(0.1)  # it waits on the file that is removed now
+    assert took_over.wait(20)
+    with cache_module._locked(tmp_path / "a", wait=False) as mine:
+        assert not mine
+    done.set()
+    thread.join()
+    with cache_module._locked(tmp_path / "a", wait=False) as mine:
+        assert mine
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_copy_of_another_length_is_fetched_again(tmp_path: Path) -> None:
     with FlakyServer(SHARDS) as server:
         store = remote(server.url, quick(tmp_path))
@@ -91,6 +114,21 @@ def test_a_copy_of_another_length_is_fetched_again(tmp_path: Path) -> None:
         slot.write_bytes(SHARDS[FIRST][:-1])
         assert view(store, FIRST) == SHARDS[FIRST]
     assert list(cached(store)) == [slot.name]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for something that happens elsewhere, for 20 seconds at most."""
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def running(process: int) -> bool:
+    """Say whether a process runs; one that only waits to be collected does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def in_child(work: Callable[[], bool]) -> int:
@@ -129,8 +167,7 @@ def test_a_child_forked_during_a_fetch_holds_nobody_up(tmp_path: Path) -> None:
             threading.Thread(target=view, args=(store, FIRST), daemon=True) for _ in range(2)
         )
         fetching.start()
-        while not server.count(FIRST):
-            time.sleep(0.01)
+        until(lambda: server.count(FIRST) > 0)
         waiting.start()
         child = in_child(lambda: time.sleep(30) is None)  # it has the fetching thread's lock open, too
         waiting.join(10)
@@ -145,9 +182,7 @@ def test_a_killed_fetch_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
     with FlakyServer(SHARDS, always={FIRST: "stall"}) as server:
         store = remote(server.url, quick(tmp_path))
         child = in_child(lambda: bool(view(store, FIRST)))
-        deadline = time.monotonic() + 10
-        while not server.count(FIRST) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: server.count(FIRST) > 0)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert [name.rpartition(".")[2] for name in cached(store)] == ["lock", "part"]
@@ -173,8 +208,7 @@ def test_what_is_being_written_is_not_evicted(tmp_path: Path) -> None:
     with FlakyServer(SHARDS, delay_s=0.3) as server:
         store = remote(server.url, quick(tmp_path, cache_bytes=int(1.5 * SIZE), range_bytes=ONE_RANGE))
         child = in_child(lambda: view(store, FIRST) == SHARDS[FIRST])
-        while not server.count(FIRST):
-            time.sleep(0.01)
+        until(lambda: server.count(FIRST) > 0)
         assert view(store, SECOND) == SHARDS[SECOND]  # waits, then evicts the first
         assert os.waitpid(child, 0)[1] == 0
         assert (server.count(FIRST), server.count(SECOND)) == (1, 1)
@@ -221,14 +255,13 @@ def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert default_cache_dir() == tmp_path / "home" / ".cache" / "mnemos" / "shards"
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_prefetch_fetches_what_fits_and_fails_silently(tmp_path: Path) -> None:
     names = list(SHARDS)
     with FlakyServer(SHARDS, always={names[1]: "404"}) as server:
         store = remote(server.url, quick(tmp_path, cache_bytes=8 * (SIZE + 9), range_bytes=ONE_RANGE))
         store.prefetch([(name, len(SHARDS[name])) for name in names])
-        deadline = time.monotonic() + 10
-        while sum(map(server.count, names)) < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: sum(map(server.count, names)) == 4)
         assert {name: view(store, name) for name in (names[0], *names[2:4])} == {
             name: SHARDS[name] for name in (names[0], *names[2:4])
         }
@@ -239,6 +272,16 @@ def test_prefetch_fetches_what_fits_and_fails_silently(tmp_path: Path) -> None:
             view(store, names[1])
         store.prefetch([(name, len(SHARDS[name])) for name in names[2:4]])
     assert [server.count(name) for name in names[:4]] == [1, 2, 1, 1], "nothing is fetched that is there"
+
+
+def test_what_waits_to_be_fetched_is_not_added_again() -> None:
+    begin, fetched = threading.Event(), list[int]()
+    ahead = Ahead[int](lambda thing: begin.wait(20) and fetched.append(thing))
+    for _ in range(3):
+        ahead.add([1, 2, 3, 4])
+    begin.set()
+    until(lambda: ahead.running == 0)
+    assert sorted(fetched) == [1, 2, 3, 4]
 
 
 def test_a_dead_reading_process_is_replaced(tmp_path: Path) -> None:
@@ -275,12 +318,7 @@ def test_the_reading_process_ends_with_its_parent(tmp_path: Path) -> None:
         assert run.stdout is not None
         process = int(run.stdout.readline())
         assert run.wait() == -signal.SIGKILL
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{process}/cmdline").exists() and time.monotonic() < deadline:
-            if "State:\tZ" in Path(f"/proc/{process}/status").read_text():  # nobody here collects orphans
-                break
-            time.sleep(0.05)
-        ended = time.monotonic() < deadline
+        until(lambda: not running(process))
         os.killpg(run.pid, signal.SIGKILL)
         run.stdout.close()
-    assert ended
+    assert not running(process)

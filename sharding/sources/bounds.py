@@ -15,6 +15,7 @@ MAX_PIXELS = 64 << 20  # of one picture
 MOST_SHRUNK = 200  # unpacked bytes per stored byte: scans shrink 2- to 50-fold, a deflate bomb 1,000-fold
 FREE_BYTES = 64 << 20  # up to here any shrinking is believed: an empty picture does shrink without limit
 BESIDE_BYTES = 16 << 20  # most that may lie beside the pixels of a picture: profiles, texts, thumbnails
+_PANIC = "PanicException"  # of a decoder written in Rust (pylibjpeg-rle); it calls itself no Exception
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -51,7 +52,9 @@ def refusing(what: str, *, explain: bool = True) -> Iterator[None]:
             yield
         except (DataError, LeftOut, UserError):
             raise
-        except Exception as error:  # decoders raise their own classes, and struct's, zlib's, Unicode's
+        except BaseException as error:  # decoders raise their own classes, and struct's, zlib's, Unicode's
+            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+                raise
             raise DataError(f"{what} ({_said(error, explain)})") from error
 
 
@@ -60,7 +63,7 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def _said(error: Exception, explain: bool) -> str:
+def _said(error: BaseException, explain: bool) -> str:
     """Return an error in a few words; of the file system without the file's name."""
     lines = str(error).strip().splitlines() if explain else []
     words = getattr(error, "strerror", None) or (lines[0].rstrip(".") if lines else "")

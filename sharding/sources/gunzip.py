@@ -2,12 +2,9 @@
 
 import io
 import zlib
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from mnemos.sharding.errors import DataError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 MAGIC = b"\x1f\x8b"
 _STORED_BYTES = 64 << 10  # read at a time
@@ -45,7 +42,7 @@ class Gunzip(io.RawIOBase):
         """Return that it can be read, for the buffers and text layers of ``io``."""
         return True
 
-    def readinto(self, buffer: "WriteableBuffer") -> int:
+    def readinto(self, buffer: Any) -> int:
         """Fill a buffer as far as one step goes; return the number of bytes, 0 at the end."""
         into = memoryview(buffer).cast("B")
         content = self.read(len(into))

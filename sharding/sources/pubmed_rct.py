@@ -88,5 +88,5 @@ SOURCE = Source(
     kinds=("text",),
     find=find_sentences,
     readers={"text": texts.read_unit},
-    public=False,
+    public=True,
 )

@@ -14,6 +14,7 @@ TWO VIEWS:") opens the findings. Four of our own:
 import re
 from difflib import get_close_matches
 
+from mnemos.sharding.scrubbing import MARK
 from mnemos.sharding.sources.texts import clean_text
 
 _FINAL = re.compile(r"^[ \t]*FINAL REPORT[ \t]*$", re.MULTILINE)
@@ -26,9 +27,9 @@ _VIEWS = re.compile(
     r"chest|portable|views?\b|(pa|ap|frontal) and|lateral and|pa and lat|upright|ribs|bone window"
 )
 _NUMBER = re.compile(r"^[ \t]*\d{1,2}[.)][ \t]+(?=\S)", re.MULTILINE)
-_MARK = re.compile(r"_{2,}|\ufffd+")  # "___" stands where the publisher took a name, a date or a place out
+_MARKS = re.compile(r"_{2,}(?:\s+_{2,})*")  # where the publisher took names, dates and places out
 _SPACE_BEFORE = re.compile(r"\s+([,;:.?!)])")
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[^\W_]+")
 _ALIKE = 0.8  # difflib's ratio: one letter lost, doubled or swapped
 
 
@@ -58,11 +59,14 @@ def section_kind(heading: str) -> str:
 
 
 def report_text(findings: str, impression: str) -> str:
-    """Join and clean the sections: the impression first, as in the paper, and all of it on one line."""
-    parts = (_NUMBER.sub("", part) for part in (impression, findings))
-    return _SPACE_BEFORE.sub(r"\1", clean_text(_MARK.sub(" ", " ".join(parts))))
+    """Join and clean the sections: the impression first, as in the paper, all of it on one line.
+
+    "___", where the publisher took something out, stays, one for several in a row: the scrubber writes the same mark.
+    """
+    joined = " ".join(_NUMBER.sub("", part) for part in (impression, findings))
+    return _SPACE_BEFORE.sub(r"\1", clean_text(_MARKS.sub(MARK, joined.replace("\ufffd", " "))))
 
 
 def num_words(text: str) -> int:
-    """Count the words of a text."""
+    """Count the words of a text; a mark is none."""
     return len(_WORD.findall(text))

@@ -60,7 +60,7 @@ def read_patient(unit: Unit, modality: Modality, size: StoredSize) -> Outcome:
     counted; where a slide cannot be opened, the others are kept and the reason is told.
 
     Raises:
-        DataError: no slide can be opened.
+        DataError: no slide can be opened, or none of those that can has a tile to give.
         LeftOut: no tile has enough tissue.
     """
     broken: list[str] = []
@@ -76,8 +76,8 @@ def read_patient(unit: Unit, modality: Modality, size: StoredSize) -> Outcome:
                 slides.append(slide)
             except DataError as error:
                 broken.append(f"slide {path.name}: {error.reason}")
-        if not slides:
-            raise DataError(broken[0])
+        if broken and not places:
+            raise DataError("; ".join(broken))
         if not places:
             raise LeftOut(f"no tile with at least {LEAST_TISSUE:.0%} of tissue")
         tried: Counter[int] = Counter()
