@@ -12,9 +12,9 @@ from mnemos.sharding.codecs import DECODERS, decode_ids, decode_text, span_check
 from mnemos.sharding.descriptions import describe, payload_members
 from mnemos.sharding.errors import StoreError
 from mnemos.sharding.manifest import IN_PLACE, Manifest, Shard
-from mnemos.sharding.reader import _BROKEN, tokenizer_file
+from mnemos.sharding.reader import _BROKEN, TEXT_BYTES, tokenizer_file
 from mnemos.sharding.storage import Store
-from mnemos.sharding.tar_members import TEXT_BYTES, Member, Sample, TarFault, group_members, walk_tar
+from mnemos.sharding.tar_members import Member, Sample, TarFault, group_members, walk_tar
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

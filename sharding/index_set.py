@@ -12,9 +12,9 @@ from mnemos.sharding.build_set import chosen
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.in_processes import map_in_processes, num_workers
 from mnemos.sharding.index_files import write_index
-from mnemos.sharding.index_tar import PAYLOADS, PLAIN_HINT, TarScan, TarScanner, find_payload
+from mnemos.sharding.index_tar import PLAIN_HINT, TarScan, TarScanner, find_payload
 from mnemos.sharding.keys import hashed_name, open_key
-from mnemos.sharding.manifest import MANIFEST_FILE, SPLITS, Manifest, check_name
+from mnemos.sharding.manifest import MANIFEST_FILE, PAYLOADS, SPLITS, Manifest, check_name
 from mnemos.sharding.modalities import Modality
 from mnemos.sharding.splits import num_validating
 from mnemos.sharding.tokenizer import load_tokenizer

@@ -12,16 +12,12 @@ import numpy as np
 from mnemos.sharding.codecs import DECODERS, decode_ids, span_checksum
 from mnemos.sharding.descriptions import describe, payload_members
 from mnemos.sharding.errors import DataError, UserError
+from mnemos.sharding.manifest import PAYLOADS
 from mnemos.sharding.modalities import Kind, Modality
 from mnemos.sharding.preprocess import HOUNSFIELD_SCALE
-from mnemos.sharding.reader import _BROKEN
-from mnemos.sharding.tar_members import TEXT_BYTES, Member, Sample, TarFault, group_members, walk_tar
+from mnemos.sharding.reader import _BROKEN, TEXT_BYTES
+from mnemos.sharding.tar_members import Member, Sample, TarFault, group_members, walk_tar
 
-PAYLOADS: dict[Kind, tuple[str, ...]] = {  # what is looked for, the first that a set has
-    "image": ("jpg", "png"),
-    "volume": ("vol", "npy"),
-    "text": ("ids", "txt"),
-}
 _SCALES = {"unit": 1 / 255, "hounsfield": HOUNSFIELD_SCALE, "tokens": 1.0}
 _SPAN_BYTES = 256 << 20  # most of a sample with everything that lies beside its payload
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}

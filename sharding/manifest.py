@@ -7,6 +7,9 @@ that made them, and size and hash of every file of the set. It names no source f
 import hashlib
 import io
 import json
+import math
+import struct
+import tokenize
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +30,7 @@ MANIFEST_BYTES = (
     64 << 20
 )  # most that is read of a manifest, and of an index: nothing of a set is read unbounded
 INDEX_BYTES = 8 << 30
+MOST_VALUES = 1 << 28  # pixels or voxels of a stored sample
 COLUMNS: dict[str, Any] = {  # of an index; a set may carry more
     "key": "S16",
     "shard": np.int32,
@@ -40,6 +44,15 @@ COLUMNS: dict[str, Any] = {  # of an index; a set may carry more
     "scale": np.float32,
     "shift": np.float32,
 }
+PAYLOADS: dict[Kind, tuple[str, ...]] = {
+    "image": ("jpg", "png"),
+    "volume": ("vol", "npy"),
+    "text": ("ids", "txt"),
+}
+_UNREADABLE = (  # what zipfile and NumPy raise for a file that was made to confuse them
+    *(ValueError, OSError, RuntimeError, LookupError, TypeError, EOFError, SyntaxError, MemoryError),
+    *(struct.error, tokenize.TokenError, zipfile.BadZipFile),
+)
 BUILD_HINT = "make one with `python -m mnemos.sharding.build MODALITY INPUT --out DIR`"
 
 
@@ -221,14 +234,29 @@ def load_index(store: Store, manifest: Manifest, split: str) -> dict[str, np.nda
         )
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("it is compressed")  # so that no more comes out than went in
+            for member in archive.infolist():
+                _check_member(archive, member)
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             index = {column: arrays[column] for column in arrays.files}
         _check_index(index, described)
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{where} is damaged: {error}; restore it or build the set again") from error
     return index
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raise ValueError unless a column takes the room it has: no more comes out of the file than is in it."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("it is compressed")
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(stream)
+        declared = dtype.itemsize * math.prod(shape)
+        if not dtype.hasobject and declared != member.file_size - stream.tell():
+            raise ValueError(f"its column {member.filename} declares {declared} bytes and has others")
 
 
 def _check_index(index: dict[str, np.ndarray], split: Split) -> None:
@@ -304,6 +332,18 @@ def _check(manifest: Manifest) -> None:
     ranks = dict(zip(get_args(Kind), (1, 2, 3), strict=True))
     if ranks.get(manifest.kind) != len(manifest.shape) or min(manifest.shape) < 1:
         raise ValueError(f"shape {manifest.shape} does not fit kind {manifest.kind!r}")
+    counts = [manifest.channels]
+    for split in manifest.splits.values():
+        counts += [split.samples, split.groups, *split.labels.values()]
+        counts += [count for shard in split.shards for count in (shard.samples, shard.bytes)]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("one of its counts is no whole number")
+    if manifest.payload not in PAYLOADS[manifest.kind]:
+        raise ValueError(f"payload {manifest.payload!r} does not fit kind {manifest.kind!r}")
+    if manifest.kind == "image" and manifest.channels not in (1, 3):
+        raise ValueError(f"{manifest.channels} channels are neither grey nor RGB")
+    if math.prod(manifest.shape) * max(1, manifest.channels) > MOST_VALUES:
+        raise ValueError(f"samples of {manifest.shape} are larger than any that are made")
     if set(manifest.splits) != set(SPLITS):
         raise ValueError(f"splits are {sorted(manifest.splits)}, not {sorted(SPLITS)}")
     for name, split in manifest.splits.items():

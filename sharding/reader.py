@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER_BYTES = 64 << 20
+TEXT_BYTES = 1 << 20
 MOST_IN_A_ROW = 100  # broken samples one behind the other: then it is the set that is broken
 _BROKEN = (ValueError, OSError, RuntimeError, SyntaxError, OverflowError)  # what decoders raise for bad bytes
 
@@ -210,6 +211,8 @@ class ShardSet:
 
     def _ids(self, place: int) -> np.ndarray:
         data, most = self._payload(place), self.manifest.shape[0]
+        if len(data) > TEXT_BYTES:
+            raise self._broken(place, f"a text of {len(data)} bytes; at most {TEXT_BYTES} are read")
         try:
             if self.manifest.payload == "ids":
                 return decode_ids(data, most)

@@ -7,7 +7,7 @@ fewer than N patients' reports is masked, so neither a shard nor the tokenizer's
 import importlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,20 +25,31 @@ _WORD = re.compile(r"[^\W\d_]{2,}")  # letters; a single one names nobody
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScrubbedTexts:
+    """Texts that may be stored, and that a tokenizer may learn from.
+
+    Attributes:
+        texts: as given, in their order, scrubbed and masked.
+        words: number of words in the texts after the scrubber.
+        masked: how many of them were masked as rare.
+    """
+
+    texts: list[str]
+    words: int
+    masked: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScrubbedUnits:
     """Units whose texts may be stored.
 
     Attributes:
         units: as given, in their order, with the texts replaced.
-        words: number of words in the texts after the scrubber.
-        masked: how many of them were masked as rare.
         recipe: what was done, a readable sentence for the manifest.
         notes: sentences for the user's screen.
     """
 
     units: "list[Unit]"
-    words: int
-    masked: int
     recipe: dict[str, str]
     notes: tuple[str, ...]
 
@@ -59,23 +70,46 @@ def scrub_units(
     """
     name = scrubber or (NONE if public else BASIC)
     least = least_groups if least_groups is not None else 0 if public else LEAST_GROUPS
-    if least < 0:
-        raise UserError(f"--rare-words is {least}; 0 (mask none) or more is allowed")
-    clean = load_scrubber(name)
-    units = [replace(unit, text=clean(unit.text)) if unit.text else unit for unit in _progress(units)]
-    rare = rare_words(((unit.text, unit.group or unit.name) for unit in units), least)
-    words = masked = 0
-    for number, unit in enumerate(units):
-        found = [word.casefold() for word in _WORD.findall(unit.text)]
-        hits = sum(word in rare for word in found)
-        words, masked = words + len(found), masked + hits
-        if hits:
-            units[number] = replace(unit, text=mask_rare(unit.text, rare))
+    done = scrub_texts([(unit.text, unit.group or unit.name) for unit in units], name, least)
     # The user's own function may bear the name of a hospital: the recipe only says that it is one.
-    done = f"scrubber: {name if name in (BASIC, NONE) else 'of the user'}; "
-    done += f"words of fewer than {least} groups masked" if least else "no rare words masked"
-    notes = _notes(units, least, words, masked)
-    return ScrubbedUnits(units=units, words=words, masked=masked, recipe={"identifiers": done}, notes=notes)
+    said = f"scrubber: {name if name in (BASIC, NONE) else 'of the user'}; "
+    said += f"words of fewer than {least} groups masked" if least else "no rare words masked"
+    return ScrubbedUnits(
+        units=[replace(unit, text=text) for unit, text in zip(units, done.texts, strict=True)],
+        recipe={"identifiers": said},
+        notes=_notes(units, least, done) if least and done.words else (),
+    )
+
+
+def scrub_texts(
+    texts_with_groups: Sequence[tuple[str, str]], scrubber: str = BASIC, least_groups: int = LEAST_GROUPS
+) -> ScrubbedTexts:
+    """Scrub texts one by one, then mask the words that the texts of fewer than `least_groups` groups hold.
+
+    Args:
+        texts_with_groups: (text, group); a text "" stays.
+        scrubber: as for `load_scrubber`.
+        least_groups: 0: no word is masked.
+
+    Raises:
+        UserError: the scrubber is unknown or fails, or `least_groups` is negative.
+    """
+    from tqdm import tqdm
+
+    if least_groups < 0:
+        raise UserError(f"--rare-words is {least_groups}; 0 (mask none) or more is allowed")
+    clean = load_scrubber(scrubber)
+    bar = tqdm(texts_with_groups, desc="scrubbing", unit="text", disable=None)
+    texts = [clean(text) if text else text for text, _ in bar]
+    groups = (group for _, group in texts_with_groups)
+    rare = rare_words(zip(texts, groups, strict=True), least_groups)
+    words = masked = 0
+    for number, text in enumerate(texts):
+        found = [word.casefold() in rare for word in _WORD.findall(text)]
+        words, masked = words + len(found), masked + sum(found)
+        if any(found):
+            texts[number] = mask_rare(text, rare)
+    return ScrubbedTexts(texts=texts, words=words, masked=masked)
 
 
 def load_scrubber(name: str) -> Scrubber:
@@ -155,13 +189,9 @@ def mask_rare(text: str, rare: frozenset[str]) -> str:
     return re.sub(rf"{MARK}(?:[\s'’-]*{MARK})+", MARK, masked)
 
 
-def _notes(units: "list[Unit]", least: int, words: int, masked: int) -> tuple[str, ...]:
-    if not least or not words:
-        return ()
-    share, notes = masked / words, []
-    sentence = (
-        f"{masked} of {words} words ({share:.1%}) are masked: fewer than {least} patients' reports hold them"
-    )
+def _notes(units: "list[Unit]", least: int, done: ScrubbedTexts) -> tuple[str, ...]:
+    share, notes = done.masked / done.words, []
+    sentence = f"{done.masked} of {done.words} words ({share:.1%}) are masked: fewer than {least} patients' reports hold them"
     if share > MUCH_MASKED:
         sentence += (
             f"; that is much, as in a small set or with every text of one patient: --rare-words with a number below "
@@ -174,9 +204,3 @@ def _notes(units: "list[Unit]", least: int, words: int, masked: int) -> tuple[st
             "may stay in; give patients with --group-column"
         )
     return tuple(notes)
-
-
-def _progress(units: "list[Unit]") -> "Iterator[Unit]":
-    from tqdm import tqdm
-
-    yield from tqdm(units, desc="scrubbing", unit="text", disable=None)

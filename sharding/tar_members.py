@@ -15,7 +15,6 @@ from typing import Any
 BLOCK = 512  # tar's unit: a header is one block, data are padded to blocks
 MEMBER_BYTES = 64 << 20
 JSON_BYTES = 64 << 10
-TEXT_BYTES = 1 << 20
 _EXTENDED_BYTES = {tarfile.XHDTYPE: 64 << 10, tarfile.GNUTYPE_LONGNAME: 4 << 10}
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _NAMED_TYPES = {

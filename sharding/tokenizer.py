@@ -26,7 +26,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> "Tokenizer":
     """Train a byte-level BPE tokenizer.
 
     Args:
-        texts: training texts.
+        texts: of the training split alone, and scrubbed (`scrubbing.scrub_texts`): what the vocabulary learns by
+            heart travels with every encoder.
         vocab: most entries; fewer where the texts hold fewer frequent pieces. At least 259 (bytes +
             specials), at most 65,536 (ids are stored as uint16).
 

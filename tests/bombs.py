@@ -146,7 +146,8 @@ NIFTI = {
     "intercept no number": nifti("slope", nifti_header(SHAPE, scl_inter=np.nan) + VOXELS),
     "slope beyond float32": nifti("no finite|finite number", nifti_header(SHAPE, scl_slope=3e38) + VOXELS),
     "unknown type": nifti("type", nifti_header(SHAPE, datatype=9999) + VOXELS),
-    "complex values": nifti("type", nifti_header(SHAPE, datatype=1792) + VOXELS * 8),
+    "complex values": nifti("type", nifti_header(SHAPE, datatype=32) + VOXELS * 4),
+    "colours": nifti("type", nifti_header(SHAPE, datatype=128) + VOXELS * 2),
     "header of another size": nifti("NIfTI", nifti_header(SHAPE, sizeof_hdr=4096) + VOXELS),
     "spacing no number": nifti("mm", nifti_header(SHAPE, srow_x=[np.nan, 0, 0, 0]) + VOXELS),
     "voxels of 29 mm": nifti(

@@ -107,11 +107,13 @@ def nested(depth: int, length: int = UNDEFINED) -> bytes:
     return (element(0x00081140, b"SQ", length=length) + item(length=length)) * depth
 
 
-def _sparse(start: bytes, size: int) -> Callable[[Path], None]:
+def _sparse(start: bytes, size: int, end: bytes = b"") -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         with (folder / "a.dcm").open("wb") as file:
             file.write(start)
             file.truncate(len(start) + size)
+            file.seek(0, 2)
+            file.write(end)
 
     return write
 
@@ -181,8 +183,12 @@ DICOM = {
     ),
     "header field of 1 GB": Hostile(
         modality="xray",
-        write=_sparse(enclosed(body(t7fe00010=b"") + element(0x00290010, b"OB", b"", GIB)), GIB),
-        says="no pixels",
+        write=_sparse(
+            enclosed(body(t7fe00010=b"") + element(0x00290010, b"OB", b"", GIB)),
+            GIB,
+            element(PIXELS, b"OB", FILM),
+        ),
+        says="header is longer",
     ),
     "pixels of 1 GB for 64^2": Hostile(
         modality="xray",
@@ -241,6 +247,12 @@ DICOM = {
     ),
     "JPEG 2000 of 16 million precincts": picture(
         "precincts", JPEG2000Lossless, **_FOUR, t7fe00010=encapsulated(jpeg_2000(4096, 4096, precincts=b"\0"))
+    ),
+    "JPEG 2000 of 65,535 layers": picture(
+        "layers", JPEG2000Lossless, t7fe00010=encapsulated(jpeg_2000(SIDE, SIDE, layers=65_535))
+    ),
+    "JPEG of another size inside": picture(
+        "codestream declares 96x80", JPEGBaseline8Bit, t7fe00010=encapsulated(JPEG)
     ),
     "JPEG-LS of 65,535^2 inside": picture(
         "65535", JPEGLSLossless, t7fe00010=encapsulated(jpeg_ls(65_535, 65_535))

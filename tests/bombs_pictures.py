@@ -70,7 +70,13 @@ def segment(marker: int, data: bytes) -> bytes:
 
 
 def jpeg_2000(
-    width: int, height: int, components: int = 1, tile: tuple[int, int] | None = None, precincts: bytes = b""
+    width: int,
+    height: int,
+    components: int = 1,
+    *,
+    tile: tuple[int, int] | None = None,
+    precincts: bytes = b"",
+    layers: int = 1,
 ) -> bytes:
     """Return a JPEG 2000 codestream that declares a size and holds no packet."""
     across, down = tile or (width, height)
@@ -79,12 +85,10 @@ def jpeg_2000(
         + b"\7\1\1" * components
     )
     size = b"\xff\x51" + struct.pack(">H", len(values) + 2) + values
-    style = (
-        bytes([1 if precincts else 0, 0, 0, 1, 0, len(precincts) - 1 if precincts else 0, 4, 4, 0, 1])
-        + precincts
-    )
+    levels = len(precincts) - 1 if precincts else 0
+    style = struct.pack(">BBHBBBBBB", bool(precincts), 0, layers, 0, levels, 4, 4, 0, 1) + precincts
     coding = b"\xff\x52" + struct.pack(">H", len(style) + 2) + style
-    steps = b"\x40" + b"\x40" * (3 * style[5] + 1)
+    steps = b"\x40" + b"\x40" * (3 * levels + 1)
     quantised = b"\xff\x5c" + struct.pack(">H", len(steps) + 2) + steps
     start = b"\xff\x90" + struct.pack(">HHIBB", 10, 0, 14, 0, 1) + b"\xff\x93"
     return b"\xff\x4f" + size + coding + quantised + start + b"\xff\xd9"
@@ -152,6 +156,7 @@ PICTURES = {
     "PNG of 400,000 empty chunks": picture("chunks", lambda: png(80, 96, chunk(b"IDAT", b"") * 400_000)),
     "PNG chunk of 2 GB": picture("ends early", png(80, 96)[:33] + struct.pack(">I", 0x7FFFFFF0) + b"IDATxx"),
     "PNG cut": picture("ends early", png(80, 96)[:-900]),
+    "PNG checksum wrong": picture("checksum", png(80, 96).replace(b"IEND\xaeB`\x82", b"IEND\xaeB`\x83")),
     "PNG animated": picture("pictures", _animated),
     "PNG palette too short": picture(
         "decoded|palette",

@@ -85,7 +85,7 @@ def _odd_names(folder: Path) -> None:
 
 PATHS = {
     "link to the outside": Hostile(modality="xray", write=_link_outside, says="leads out"),
-    "links in a circle": Hostile(modality="xray", write=_links_in_a_circle, says="", verdict="read"),
-    "pipes and devices": Hostile(modality="xray", write=_pipe, says="", verdict="read"),
-    "names of bytes and lines": Hostile(modality="xray", write=_odd_names, says="", verdict="read"),
+    "links in a circle": Hostile(modality="xray", write=_links_in_a_circle, says="1 samples", verdict="read"),
+    "pipes and devices": Hostile(modality="xray", write=_pipe, says="1 samples", verdict="read"),
+    "names of bytes and lines": Hostile(modality="xray", write=_odd_names, says="3 samples", verdict="read"),
 }

@@ -104,6 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         place = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
         if place and flaky.ranges:
             start, stop = int(place[1]), min(int(place[2]) + 1, len(content))
+            if start >= stop:
+                self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+                return
             status, body = 206, content[start:stop]
             headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
         if fault == "short":  # an honest length of too little

@@ -34,8 +34,8 @@ def read(folder: Path, modality_name: str) -> tuple[str, str]:
         said = [getattr(outcome, verdict) for outcome in outcomes if getattr(outcome, verdict)]
         if said:
             return verdict.replace("_", " "), " | ".join(said)
-    for unit in units:
-        print(unit.name, file=sys.stderr)  # a name that cannot be printed is as bad as a crash
+    if not all(unit.name.isprintable() for unit in units):
+        return "read", "a name that breaks its line, steers the terminal or cannot be encoded"
     return "read", f"{sum(len(outcome.samples) for outcome in outcomes)} samples"
 
 

@@ -99,19 +99,21 @@ def test_imports_are_absolute_and_point_down(path: Path) -> None:
 
 
 @cache
-def run_time_requirements() -> set[str]:
-    """Return the distribution names setup.py asks for to run, extras for development left out."""
+def run_time_requirements(*more: str) -> set[str]:
+    """Return the distribution names setup.py asks for to run: of the extras "gpu" and `more` only."""
     calls = [node for node in ast.walk(tree(REPO / "setup.py")) if isinstance(node, ast.Call)]
     (setup,) = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setup"]
     given = {keyword.arg: keyword.value for keyword in setup.keywords}
     extras = given["extras_require"]
     assert isinstance(extras, ast.Dict)
-    (gpu,) = [
+    chosen = [
         packages
         for extra, packages in zip(extras.keys, extras.values, strict=True)
-        if isinstance(extra, ast.Constant) and extra.value == "gpu"
+        if isinstance(extra, ast.Constant) and extra.value in ("gpu", *more)
     ]
-    lines = [*ast.literal_eval(given["install_requires"]), *ast.literal_eval(gpu)]
+    assert len(chosen) == 1 + len(more)
+    lines = [*ast.literal_eval(given["install_requires"])]
+    lines += [line for packages in chosen for line in ast.literal_eval(packages)]
     return {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower() for line in lines}
 
 
@@ -124,7 +126,7 @@ def installed() -> dict[str, list[str]]:
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_imported_packages_are_required(path: Path) -> None:
     # an environment with development tools in it would hide that a user's lacks a package
-    required = run_time_requirements()
+    required = run_time_requirements(*(["bench"] if "bench" in path.relative_to(REPO).parts[:1] else []))
     for line, name in imports(path):
         root = name.partition(".")[0]
         if root in sys.stdlib_module_names or root == "mnemos":

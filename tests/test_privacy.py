@@ -19,22 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from canaries import (
-    Canaries,
-    contents,
-    plant_films,
-    plant_reports,
-    plant_scans,
-    plant_slides,
-    search,
-    vocabulary,
-)
+from canaries import Canaries, plant_films, plant_reports, plant_scans, plant_slides
+from canary_search import contents, search, vocabulary
 from PIL import Image
 from tiny_data import TINY
 
 from mnemos.engine.metrics_log import read_metrics
 from mnemos.engine.run_directory import RunDirectory
 from mnemos.sharding import build as build_command
+from mnemos.sharding import show, verify
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.journal import Journal
 from mnemos.sharding.keys import hashed_name, key_check, open_key
@@ -118,7 +111,7 @@ def run(place: Place) -> Path:
     flags = [part for text in [*TINY, f"curriculum.stages=[{','.join(STAGES)}]"] for part in ("--set", text)]
     flags += ["--stage", STAGES[-1], "--data", str(place.folder / "sets"), "--run", str(place.folder / "run")]
     stage = RunDirectory(place.folder / "run").stage(len(STAGES), STAGES[-1])
-    endless = ["--set", "training.steps=400"]
+    endless = ["--set", "training.steps=120"]
     command = [sys.executable, str(TRAIN), *flags]
     with (place.folder / "train.log").open("wb") as log:
         options = {"env": ENVIRONMENT, "cwd": place.folder, "stdout": log, "stderr": subprocess.STDOUT}
@@ -221,6 +214,18 @@ def test_a_broken_file_is_named_on_the_screen_alone(place: Place, tmp_path: Path
     done = build(tmp_path, DEFAULT_ORDER[1], films, "--max-broken", 0.5)
     assert done.returncode == 0 and secret.encode() in done.stdout, done.stderr
     assert not search([secret], contents(tmp_path / "sets"))
+
+
+def test_what_looks_at_a_set_shows_none(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in MODALITIES:
+        folder = str(place.folder / "sets" / name)
+        assert show.main([folder, "--out", str(tmp_path / f"{name}.png")]) == 0
+        assert verify.main([folder]) == 0
+    printed = capsys.readouterr().out.replace(str(place.folder), "").encode()
+    assert len(list(tmp_path.glob("*.png"))) == len(MODALITIES) and printed
+    assert_clean(place, [("the screen", printed), *contents(tmp_path)])
 
 
 def test_an_unfinished_build_holds_none(

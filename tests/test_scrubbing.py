@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.identifiers import RULES, hide_identifiers
-from mnemos.sharding.scrubbing import load_scrubber, mask_rare, rare_words, scrub_units
+from mnemos.sharding.scrubbing import load_scrubber, mask_rare, rare_words, scrub_texts, scrub_units
 from mnemos.sharding.sources.units import Unit
 
 GONE = [  # text, and what is left of it
@@ -187,13 +187,19 @@ def test_units_are_scrubbed_then_masked() -> None:
     assert [unit.text for unit in done.units[6:]] == ["The heart of ___", ""]
     assert done.units[0].text == "___ says the heart and lungs of patient 0 are normal"
     assert [unit.name for unit in done.units] == [f"t.csv:{number}" for number in range(8)]
-    assert (done.words, done.masked) == (6 * 9 + 4, 1)
     assert (
         len(done.notes) == 1
         and "1 of 58 words (1.7%)" in done.notes[0]
         and "that is much" not in done.notes[0]
     )
     assert done.recipe == {"identifiers": "scrubber: basic; words of fewer than 5 groups masked"}
+
+
+def test_texts_are_counted() -> None:
+    done = scrub_texts(
+        [(text, str(number)) for number, text in enumerate([*TEXTS, "The heart of Zanetti", ""])]
+    )
+    assert done.texts[-2:] == ["The heart of ___", ""] and (done.words, done.masked) == (6 * 9 + 4, 1)
 
 
 def test_much_masked_is_said() -> None:

@@ -1,6 +1,7 @@
 """A shard set gives back what was put in, in the same bytes every time, and never a damaged sample in silence."""
 
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,6 +204,35 @@ def test_an_index_that_could_be_a_bomb_or_a_pickle_is_refused(tmp_path):
     write_index(tmp_path / "set", {**columns, "extra": np.array([{}] * 9, dtype=object)})
     with pytest.raises(UserError, match="allow_pickle"):
         ShardSet(tmp_path / "set", "train")
+
+
+def test_an_index_that_declares_more_than_it_holds_is_refused(tmp_path):
+    write_set(tmp_path / "set", "ct")
+    columns = ShardSet(tmp_path / "set", "train").index
+    write_index(tmp_path / "set", columns)
+    file = tmp_path / "set" / "train" / "index.npz"
+    content = file.read_bytes()
+    assert content.count(b"'shape': (9,), }   ") == len(columns), "a header has room for a larger number"
+    lying = tmp_path / "lying.npz"
+    with zipfile.ZipFile(file) as honest, zipfile.ZipFile(lying, "w") as archive:
+        for member in honest.infolist():
+            column = honest.read(member).replace(b"'shape': (9,), }         ", b"'shape': (9000000000,), }")
+            archive.writestr(member, column)
+    lying.replace(file)
+    manifest = load_manifest(tmp_path / "set")
+    split = replace(manifest.splits["train"], index_sha256=file_sha256(file))
+    manifest = replace(manifest, splits={**manifest.splits, "train": split})
+    write_manifest(tmp_path / "set", replace(manifest, fingerprint=manifest.content_fingerprint()))
+    with pytest.raises(UserError, match="declares"):
+        ShardSet(tmp_path / "set", "train")
+
+
+def test_samples_larger_than_any_are_refused(tmp_path):
+    write_set(tmp_path / "set", "ct")
+    manifest = replace(load_manifest(tmp_path / "set"), shape=(1 << 20, 1 << 20, 1 << 20))
+    write_manifest(tmp_path / "set", replace(manifest, fingerprint=manifest.content_fingerprint()))
+    with pytest.raises(UserError, match="larger than any"):
+        load_manifest(tmp_path / "set")
 
 
 def test_a_broken_sample_is_skipped_and_its_follower_stands_in(tmp_path):

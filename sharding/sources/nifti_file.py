@@ -57,8 +57,6 @@ def read_nifti_file(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
             check_shrunk(declared_bytes, stored_bytes)
         elif stored_bytes < declared_bytes:
             raise DataError(f"it ends early: {stored_bytes:,} of {declared_bytes:,} bytes are there")
-        elif stored_bytes > declared_bytes + _BEHIND_BYTES:
-            raise DataError(_goes_on(declared_bytes))
         voxels = np.empty(num_voxels, dtype=np.float32)
         for first in range(0, num_voxels, _PIECE):
             piece = voxels[first : first + _PIECE]
@@ -68,7 +66,9 @@ def read_nifti_file(path: Path) -> tuple[np.ndarray, np.ndarray, float]:
         while content := stream.read(_PIECE):  # up to the end, where a packed file's checksum is
             behind += len(content)
             if behind > _BEHIND_BYTES:
-                raise DataError(_goes_on(declared_bytes))
+                raise DataError(
+                    f"its content goes on beyond the {declared_bytes:,} bytes that its header declares"
+                )
     return voxels.reshape(layout.shape[2::-1]).transpose(2, 1, 0), layout.affine, layout.unit_mm
 
 
@@ -164,7 +164,3 @@ def _exactly(stream: Stream, num_bytes: int, otherwise: str) -> bytes:
 def _skip(stream: Stream, num_bytes: int) -> None:
     while num_bytes:
         num_bytes -= len(_exactly(stream, min(num_bytes, _PIECE), "it ends early, before its voxels"))
-
-
-def _goes_on(declared_bytes: int) -> str:
-    return f"its content goes on beyond the {declared_bytes:,} bytes that its header declares"
