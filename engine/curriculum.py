@@ -14,7 +14,7 @@ from mnemos.engine.run_directory import CARD, WEIGHTS, RunDirectory, Status
 from mnemos.engine.settings import Settings, as_flat, resolve
 from mnemos.engine.slots import Schedule
 from mnemos.sharding.errors import UserError
-from mnemos.sharding.manifest import MANIFEST_FILE, Manifest, load_manifest
+from mnemos.sharding.manifest import FORMAT, MANIFEST_FILE, Manifest, load_manifest
 from mnemos.sharding.modalities import DEFAULT_ORDER, STORED_SIZES
 from mnemos.sharding.storage import StoreOptions, list_sets, open_store
 
@@ -231,6 +231,11 @@ def _default_data(settings: Settings) -> Path:
 
         print(f"making the sample shards under {folder} (once, about 20 seconds)", flush=True)
         make_sample_shards(folder)
+    older = [path for path in folder.glob(f"*/{MANIFEST_FILE}") if f'"{FORMAT}"' not in path.read_text("utf-8")]
+    if older:
+        raise UserError(
+            f"{folder} holds sample shards of an older version; remove that folder and give the command again, which makes new ones"
+        )
     return folder
 
 

@@ -77,9 +77,8 @@ class Cache:
                 view = _map_file(part, size)
                 if view is None:
                     raise OSError(f"{part} lost its length while it was written")
-                with _locked(
-                    self.folder / ROOM
-                ):  # whoever counts meanwhile must see it under one of its names
+                # whoever counts meanwhile must see it under one of its two names
+                with _locked(self.folder / ROOM):
                     part.replace(slot)
             except BaseException:
                 part.unlink(missing_ok=True)

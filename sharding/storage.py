@@ -12,6 +12,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from mnemos.sharding.errors import DataError, StoreError, UserError
 from mnemos.sharding.remote.ahead import Ahead
 from mnemos.sharding.remote.commands import CommandReader
 from mnemos.sharding.remote.objects import ObjectReader
-from mnemos.sharding.remote.options import StoreOptions
+from mnemos.sharding.remote.options import FIRST_RETRIES, StoreOptions
 from mnemos.sharding.remote.transfer import Gone, Passing, Reader, Refused, TooBig, fetch_whole, persist
 from mnemos.sharding.roots import (
     PIPE,
@@ -239,7 +240,7 @@ class RemoteStore(Store):
         )
 
     def _persist(self, action: Callable[[], T]) -> T:
-        return persist(action, self.options)
+        return persist(action, replace(self.options, retries=min(self.options.retries, FIRST_RETRIES)))
 
     def _insist(self, name: str, action: Callable[[], T]) -> T:
         """Return what an action of the reader returns; its failures name the file."""

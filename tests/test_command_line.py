@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_data import TINY, tiny_settings
 
 from mnemos.engine.metrics_log import read_metrics
-from mnemos.engine.run_directory import RunDirectory
+from mnemos.engine.run_directory import RunDirectory, write_atomically
 from mnemos.engine.settings import as_flat
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import DEFAULT_ORDER
@@ -222,7 +222,16 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     ledger = RunDirectory(tmp_path / "run").ledger()
     assert [entry["status"] for entry in ledger["stages"][:2]] == ["complete", "training"]
     stopped = len(read_metrics(stage))
-    assert 5 <= stopped < 60 and (stage / "checkpoints" / "current.json").exists()
+    assert 5 <= stopped < 60
+    file = stage / "checkpoints" / "current.json"
+    pointer = json.loads(file.read_text())
+    phases = [line["phase"] for line in read_metrics(stage)]
+    counts = {LAST: phases.count("pretext") * 8, DEFAULT_ORDER[0]: phases.count("rehearsal") * 8}
+    assert pointer["taken"] == counts, "the state of the data is one number a modality"
+    write_atomically(file, json.dumps(pointer | {"taken": {**counts, LAST: counts[LAST] + 8}}))
+    (error,) = errors(call(PYTHON, *flags, cwd=tmp_path, expect=2))
+    assert "samples after" in error and "remove" in error
+    write_atomically(file, json.dumps(pointer))
     call(PYTHON, *flags, cwd=tmp_path)
     assert losses(tmp_path / "run") == losses(one_rank), "bit for bit"
     assert not (stage / "checkpoints").exists()

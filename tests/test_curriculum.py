@@ -14,6 +14,7 @@ from mnemos.engine import curriculum
 from mnemos.engine.arguments import Arguments
 from mnemos.engine.curriculum import Plan, find_shard_sets, make_plan
 from mnemos.engine.run_directory import CARD, CONFIG, LEDGER, WEIGHTS, RunDirectory
+from mnemos.engine.settings import resolve
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import DEFAULT_ORDER
@@ -336,3 +337,12 @@ class TestSampleShards:
         refusal(call, overrides={"training.batch": 7}, world_size=2)
         assert "--data" in refusal(call, preset="base")
         assert made == []
+
+
+def test_sample_shards_of_an_older_version_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "data_shards" / "sample" / DEFAULT_ORDER[0]
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"format": "mnemos-shards-1"}')
+    monkeypatch.setattr(curriculum, "REPOSITORY", tmp_path)
+    with pytest.raises(UserError, match="older version; remove that folder"):
+        curriculum._default_data(resolve("sample", {}))

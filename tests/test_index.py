@@ -8,6 +8,7 @@ import os
 import pickle
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from mnemos.sharding.index_set import IndexReport, index_set
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.reader import ShardSet
+from mnemos.sharding.stream import Request, stream
 from mnemos.sharding.tokenizer import load_tokenizer
 from mnemos.sharding.verify_set import verify_set
 
@@ -118,6 +120,22 @@ def test_the_same_tars_give_the_same_set_and_another_key_other_names(tmp_path):
     assert kept[0] == kept[1]
     keys = [{*contents(tmp_path / name / "tars")} for name in ("one", "three")]
     assert not keys[0] & keys[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_tokenizer_is_told_in_one_sentence(tmp_path, workers):
+    """It is the set's fault and no sample's: none may be skipped for it, in a reading process either."""
+    folder = tmp_path / "tars"
+    write_own_tars(folder, "txt")
+    run(folder, "report")
+    content = bytearray((folder / "tokenizer.json").read_bytes())
+    content[-9] ^= 1
+    (folder / "tokenizer.json").write_bytes(content)
+    places = np.arange(2)
+    plan = partial(iter, [Request(step=0, member=0, samples=places, places=places)])
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged") as caught:
+        list(stream([ShardSet(folder, "train")], plan, on_skip=lambda *_: None, workers=workers, pin=False))
+    assert "\n" not in str(caught.value)
 
 
 def test_stored_payloads_ours_among_them(tmp_path):

@@ -85,6 +85,24 @@ def test_a_stalled_answer_is_given_up(tmp_path: Path) -> None:
         assert server.count(FIRST) == 2
 
 
+def test_small_files_are_given_up_sooner(tmp_path: Path) -> None:
+    with FlakyServer(SHARDS, always={FIRST: "503"}) as server:
+        store = remote(server.url, quick(tmp_path, range_bytes=ONE_RANGE, retries=7))
+        with pytest.raises(StoreError, match="6 attempts"):
+            store.read_small(FIRST, SIZE)
+        with pytest.raises(StoreError, match="8 attempts"):
+            view(store, FIRST)
+        assert server.count(FIRST) == 6 + 8
+
+
+def test_half_a_small_file_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    with FlakyServer(SHARDS, always={FIRST: "short"}) as server:
+        store = remote(server.url, quick(tmp_path, retries=1))
+        with pytest.raises(StoreError, match=r"2 attempts.*20000 of 40000 bytes came"):
+            store.read_small(FIRST, 10 * SIZE)
+    assert cached(store) == {}
+
+
 def test_nobody_listens(tmp_path: Path) -> None:
     with FlakyServer(SHARDS) as server:
         url = server.url
@@ -123,7 +141,7 @@ def test_sha256_is_checked_after_fetching(tmp_path: Path) -> None:
 def test_read_small_and_exists(tmp_path: Path) -> None:
     files = {"manifest.json": b"{}", "empty": b"", "a b/ü%20#?.json": b"odd"}
     with FlakyServer(files, rate=1 / 3, seed=3) as server:
-        store = remote(server.url + "/", quick(tmp_path, retries=8))
+        store = remote(server.url + "/", quick(tmp_path))
         assert [store.exists(name) for name in (*files, "none")] == [True, True, True, False]
         assert [store.read_small(name, 100) for name in files] == list(files.values())
         with pytest.raises(DataError, match="2 bytes where 1 are allowed"):
@@ -216,6 +234,10 @@ def test_s3_keys_of_the_command_line_files(
     (tmp_path / "config").write_text("[profile sso]\nsso_session = x\n")
     with pytest.raises(StoreError, match=r"'sso' has no static keys: .*export-credentials --profile sso"):
         remote(bucket, quick(tmp_path)).exists(FIRST)
+    (tmp_path / "config").write_text(f"aws_secret_access_key = {SECRET}\n")
+    with pytest.raises(StoreError, match="is not written as the AWS command line writes it") as caught:
+        remote(bucket, quick(tmp_path)).exists(FIRST)
+    assert SECRET not in str(caught.value)
 
 
 def test_settings_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def aws_settings() -> dict[str, str]:
     Without those that the environment has, too; empty when it says where keys are.
 
     Raises:
-        Fault: the profile's keys come from a program (single sign-on, roles).
+        Fault: the profile's keys come from a program (single sign-on, roles), or a file cannot be understood.
     """
     if any(os.environ.get(name) for name in KEYS_ELSEWHERE):
         return {}
@@ -108,7 +108,10 @@ def aws_settings() -> dict[str, str]:
     found: dict[str, str] = {}
     for file, section in files:
         parser = configparser.RawConfigParser()
-        parser.read(file)
+        try:
+            parser.read(file)
+        except configparser.Error:  # its message quotes the line, which may be a key
+            raise Fault("refused", f"{file} is not written as the AWS command line writes it") from None
         section = "default" if profile == "default" else section
         found |= dict(parser[section]) if parser.has_section(section) else {}
     if "aws_access_key_id" not in found and any(name.startswith(KEYS_BY_PROGRAM) for name in found):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mnemos.sharding.errors import UserError
 
+FIRST_RETRIES = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreOptions:
@@ -18,8 +20,12 @@ class StoreOptions:
     """Folder of the shard cache; None: mnemos/shards in the user's cache folder."""
     cache_bytes: int = 20 << 30
     """Most bytes in the cache, over all sets and processes that use it."""
-    retries: int = 5
-    """Attempts after the first one, for each ranged read."""
+    retries: int = 10
+    """Attempts after the first one, for each ranged read.
+
+    Where three requests in ten fail, one range in half a million fails eleven times; a server may be away for two
+    minutes. Small files, read first, are given up after `FIRST_RETRIES`: a wrong address shows within seconds.
+    """
     timeout_s: float = 30.0
     """Longest wait for a connection and for the next bytes, seconds."""
     backoff_s: float = 0.5
