@@ -3,15 +3,8 @@
 import sys
 from collections.abc import Mapping, Sequence
 
-from mnemos.sharding.errors import DataError
+from mnemos.sharding.errors import DataError, num_allowed_broken
 from mnemos.sharding.reader import ShardSet, Skipped
-
-FEW_SAMPLES = 10  # below this number none may be broken; from it on, one always may
-
-
-def num_allowed_bad(total: int, share: float) -> int:
-    """Return how many of a total may be broken: the share, at least one; none of fewer than ten."""
-    return max(1, int(total * share)) if share and total >= FEW_SAMPLES else 0
 
 
 class BadSamples:
@@ -48,7 +41,7 @@ class BadSamples:
         """Raise DataError where more samples of a set are broken than may be."""
         for shards in sets:
             here = [reason for key, reason in reasons.items() if key[:2] == (shards.store.root, shards.split)]
-            allowed = num_allowed_bad(len(shards), self.share)
+            allowed = num_allowed_broken(len(shards), self.share)
             if len(here) > allowed:
                 raise DataError(
                     f"{here[-1]}; {len(here)} of {len(shards)} samples of this set are broken, {allowed} may be (data.max_bad)"

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mnemos.sharding.encoding import Encoded
-from mnemos.sharding.errors import UserError
+from mnemos.sharding.errors import UserError, num_allowed_broken
 from mnemos.sharding.journal import Journal
 from mnemos.sharding.modalities import StoredSize
 from mnemos.sharding.prepare import Preparation, Prepared, prepare_units
 from mnemos.sharding.sources.units import Unit
 from mnemos.sharding.splits import TAIL, num_validating
 from mnemos.sharding.writer import ShardSetWriter
-
-FEW_UNITS = 10  # below this number of files none may be broken; from it on, one always may
 
 
 @dataclass(kw_only=True)
@@ -131,8 +129,9 @@ class SetFiller:
             return  # counted before
         if outcome.broken:
             state.broken.append(number)
-        if outcome.left_out:
-            state.left_out[outcome.left_out] = state.left_out.get(outcome.left_out, 0) + 1
+        passed_over = {**outcome.skipped, **({outcome.left_out: 1} if outcome.left_out else {})}
+        for reason, count in passed_over.items():
+            state.left_out[reason] = state.left_out.get(reason, 0) + count
         state.dropped += outcome.dropped
         state.doubtful += outcome.doubtful
 
@@ -160,11 +159,6 @@ class SetFiller:
             raise UserError(
                 f"no sample could be made of {len(self.units)} files ({reasons}); check the modality and the preset"
             )
-
-
-def num_allowed_broken(total: int, fraction: float) -> int:
-    """Return how many of ``total`` files may be broken: the share, at least one; none of fewer than ten."""
-    return max(1, int(total * fraction)) if fraction and total >= FEW_UNITS else 0
 
 
 def _too_many_broken(broken: list[tuple[str, str]], total: int, allowed: int) -> str:

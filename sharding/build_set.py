@@ -101,6 +101,7 @@ def build_set(options: BuildOptions) -> BuildReport:
     from mnemos.sharding.keys import hashed_name, open_key
     from mnemos.sharding.manifest import load_manifest
     from mnemos.sharding.preprocess import CENTRES, recipe
+    from mnemos.sharding.sources.registry import sources
     from mnemos.sharding.splits import assign_splits
     from mnemos.sharding.writer import check_new_folder
 
@@ -113,7 +114,8 @@ def build_set(options: BuildOptions) -> BuildReport:
         units = _found(options, modality, report)
         opened = open_key(options.key_file, options.out)
         report.notes += [*opened.notes, *journal.notes]
-        steps = recipe(modality, size, options.centre)
+        given = sources()[options.source].steps if options.source else {}
+        steps = {**given, **recipe(modality, size, options.centre)}
         if modality.kind == "text":
             units, scrubbed = _scrubbed(options, units, report)
             steps |= scrubbed

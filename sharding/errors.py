@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+FEW = 10  # below this number of files or samples none may be broken; from it on, one always may
+
 
 class UserError(ValueError):
     """What the user gave cannot be used: a flag, a path, a file of the wrong kind.
@@ -37,3 +39,8 @@ class StoreError(OSError):
 
     Worth another try later: command lines exit 75.
     """
+
+
+def num_allowed_broken(total: int, fraction: float) -> int:
+    """Return how many of ``total`` files or samples may be broken: the share, at least one; none of fewer than ten."""
+    return max(1, int(total * fraction)) if fraction and total >= FEW else 0

@@ -5,10 +5,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Prepared:
     doubtful: bool = False
     broken: str = ""
     left_out: str = ""
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Preparation:
             doubtful=outcome.doubtful,
             broken=outcome.broken,
             left_out=outcome.left_out,
+            skipped=dict(outcome.skipped),
         )
 
 

@@ -52,6 +52,19 @@ def gzipped(plain: bytes) -> bytes:
     return packer.compress(plain) + packer.flush()
 
 
+def hole(name: str, start: bytes, size: int, end: bytes = b"") -> Callable[[Path], None]:
+    """Return a writer of a file of gigabytes that takes no room on the disk, with something before and behind them."""
+
+    def write(folder: Path) -> None:
+        with (folder / name).open("wb") as file:
+            file.write(start)
+            file.truncate(size)
+            file.seek(0, 2)
+            file.write(end)
+
+    return write
+
+
 def nifti_header(shape: tuple[int, ...], dtype: type = np.int16, **fields: object) -> bytes:
     """Return the 352 bytes before the voxels of a NIfTI file, with fields overwritten."""
     header = nibabel.Nifti1Header()
@@ -80,12 +93,6 @@ def nifti(
         says=says,
         verdict=verdict,
     )
-
-
-def _sparse_float64(folder: Path) -> None:
-    with (folder / "a.nii").open("wb") as file:
-        file.write(nifti_header((1024, 1024, 1024), np.float64))
-        file.truncate(352 + 8 * GIB)
 
 
 def _nifti2(shape: tuple[int, ...]) -> bytes:
@@ -129,7 +136,11 @@ NIFTI = {
     ),
     "gz of garbage": nifti("damaged", b"\x1f\x8b\x08\0" + bytes(range(256)) * 9, "a.nii.gz"),
     "32767^3 float64": nifti("2 GiB", nifti_header((32767, 32767, 32767), np.float64) + bytes(4096)),
-    "8 GiB of float64 in a hole": Hostile(modality="mri", write=_sparse_float64, says="2 GiB"),
+    "8 GiB of float64 in a hole": Hostile(
+        modality="mri",
+        write=hole("a.nii", nifti_header((1024, 1024, 1024), np.float64), 352 + 8 * GIB),
+        says="2 GiB",
+    ),
     "NIfTI-2 of 2^62 voxels": nifti("2 GiB", _nifti2((1 << 31, 1 << 31, 1)) + bytes(4096)),
     "NIfTI-2 of a negative size": nifti("dimension", _nifti2((-5, 40, 24)) + VOXELS),
     "negative dimensions": nifti("dimension", nifti_header(SHAPE, dim=[3, -40, 40, 24, 1, 1, 1, 1]) + VOXELS),

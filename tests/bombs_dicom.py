@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pydicom
-from bombs import GIB, Hostile, deflated
+from bombs import GIB, Hostile, deflated, hole
 from bombs_pictures import JPEG, jpeg_2000, jpeg_ls, jpeg_of_size
 from pydicom.fileset import FileSet
 from pydicom.uid import (
@@ -107,17 +107,6 @@ def nested(depth: int, length: int = UNDEFINED) -> bytes:
     return (element(0x00081140, b"SQ", length=length) + item(length=length)) * depth
 
 
-def _sparse(start: bytes, size: int, end: bytes = b"") -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        with (folder / "a.dcm").open("wb") as file:
-            file.write(start)
-            file.truncate(len(start) + size)
-            file.seek(0, 2)
-            file.write(end)
-
-    return write
-
-
 def _directory(folder: Path, name: str) -> None:
     write_dicom(folder.parent / f"{folder.name} secret.dcm", grey_film(1), dicom_type="DX")
     files = FileSet()
@@ -158,6 +147,7 @@ _WIDE = {"t00280010": us(0x00280010, 8000), "t00280011": us(0x00280011, 8000)}
 _FOUR = {"t00280010": us(0x00280010, 4096), "t00280011": us(0x00280011, 4096)}
 _RLE = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\0" * 3
 _SC, _US, _XA = (b"1.2.840.10008.5.1.4.1.1." + end for end in (b"7\0", b"6.1", b"12.1"))
+_LONG_HEADER = len(enclosed(body(t7fe00010=b"") + element(0x00290010, b"OB")))
 DICOM = {
     "deflated bomb": dicom(
         "beyond|shrunk", lambda: deflated(body(), 2 * GIB), DeflatedExplicitVRLittleEndian
@@ -183,18 +173,20 @@ DICOM = {
     ),
     "header field of 1 GB": Hostile(
         modality="xray",
-        write=_sparse(
+        write=hole(
+            "a.dcm",
             enclosed(body(t7fe00010=b"") + element(0x00290010, b"OB", b"", GIB)),
-            GIB,
+            _LONG_HEADER + GIB,
             element(PIXELS, b"OB", FILM),
         ),
         says="header is longer",
     ),
     "pixels of 1 GB for 64^2": Hostile(
         modality="xray",
-        write=_sparse(enclosed(body(t7fe00010=element(PIXELS, b"OB", b"", GIB))), GIB),
+        write=hole("a.dcm", enclosed(body(t7fe00010=element(PIXELS, b"OB", b"", GIB))), 2 * GIB),
         says="they take",
     ),
+    "pixels too few": picture("they take 10", t7fe00010=element(PIXELS, b"OB", FILM[:10])),
     "cut in the header": dicom("no pixels", body()[:150]),
     "cut in the pixels": dicom("ends early", body()[:-1000]),
     "sequences 1,000 deep": picture("deep", t00081140=nested(1000)),

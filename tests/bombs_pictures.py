@@ -5,7 +5,7 @@ import struct
 import zlib
 from collections.abc import Callable
 
-from bombs import GIB, ZEROS, Hostile, deflated
+from bombs import GIB, ZEROS, Hostile, deflated, hole
 from PIL import Image
 from sample_files import grey_film
 
@@ -183,7 +183,11 @@ PICTURES = {
     "JPEG cut": picture("truncated", JPEG[: len(JPEG) // 2], "a.jpg"),
     "JPEG with broken EXIF": picture("", _after_start(JPEG, segment(0xE1, _EXIF)), "a.jpg", "read"),
     "TIFF field of 4 billion values": picture("TIFF field", tiff((273, 4, 0xFFFFFFF0, 8)), "a.tif"),
-    "TIFF of 65,535 fields": picture("fields", b"II*\0\x08\0\0\0\xff\xff" + bytes(4000), "a.tif"),
+    "TIFF field of 1 GB": Hostile(
+        modality="xray", write=hole("a.tif", tiff((700, 1, GIB, 8)), 2 * GIB), says="TIFF field"
+    ),
+    "TIFF field behind the end": picture("TIFF field", tiff((700, 1, 1000, 0x7FFFFFFF)), "a.tif"),
+    "TIFF of 65,535 fields": picture("65535 fields", b"II*\0\x08\0\0\0\xff\xff" + bytes(1 << 20), "a.tif"),
     "TIFF tile of 65,000^2": picture(
         "tiles", tiff((322, 4, 1, 65_000), (323, 4, 1, 65_000), (324, 4, 1, 8), (325, 4, 1, 99)), "a.tif"
     ),

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from bombs import GIB, Hostile
+from bombs import GIB, Hostile, hole
 from bombs_pictures import FILM, saved
 
 
@@ -14,23 +14,14 @@ def table(modality_says: str, write: Callable[[Path], object], verdict: str = "r
     return Hostile(modality="report", write=write, says=modality_says, verdict=verdict)
 
 
-def _hole(name: str, start: bytes) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        with (folder / name).open("wb") as file:
-            file.write(start)
-            file.truncate(2 * GIB)
-
-    return write
-
-
 def _lines(name: str, *lines: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(b"\n".join(lines) + b"\n")
 
 
 _GOOD = b'{"text": "clear lungs"}'
 TABLES = {
-    "CSV line of 2 GB": table("longer than", _hole("a.csv", b"text\nclear\n")),
-    "CSV heading of 2 GB": table("longer than", _hole("a.csv", b"text,")),
+    "CSV line of 2 GB": table("longer than", hole("a.csv", b"text\nclear\n", 2 * GIB)),
+    "CSV heading of 2 GB": table("longer than", hole("a.csv", b"text,", 2 * GIB)),
     "CSV row over many lines": table("longer than", _lines("a.csv", b"text,b", b'"x\n","y\n",' * 3_000_000)),
     "CSV quote that never closes": table(
         "longer than|field", _lines("a.csv", b"text", b'"' + b"word\n" * 5_000_000)
@@ -38,7 +29,7 @@ TABLES = {
     "CSV of a million columns": table("columns", _lines("a.csv", b"text" + b",x" * 1_000_000, *[b"a"] * 200)),
     "CSV that is no UTF-8": table("UTF-8", _lines("a.csv", b"text", b"\xff\xfe\x80")),
     "CSV with NUL bytes": table("", _lines("a.csv", b"text", b"a\0b clear"), "read"),
-    "JSONL line of 2 GB": table("longer than", _hole("a.jsonl", _GOOD + b"\n")),
+    "JSONL line of 2 GB": table("longer than", hole("a.jsonl", _GOOD + b"\n", 2 * GIB)),
     "JSONL nested 100,000 deep": table(
         "JSON", _lines("a.jsonl", _GOOD, b'{"text":' + b"[" * 100_000), "broken"
     ),

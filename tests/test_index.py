@@ -356,6 +356,10 @@ def test_samples_of_another_size_are_counted_and_refused(tmp_path):
     assert report.unfit == 2 and len(contents(tmp_path / "tars")) == 18
     assert report.manifest.skipped == {"sample that does not fit": 2}
     assert verify_set(tmp_path / "tars", workers=1).sound, "what is left out lies between the samples"
+    content = bytearray((tmp_path / "tars" / "a.tar").read_bytes())
+    content[18 * 1536 + 512 + 200] ^= 1  # in the first of them
+    (tmp_path / "tars" / "a.tar").write_bytes(content)
+    assert not verify_set(tmp_path / "tars", workers=1).sound
 
 
 @pytest.mark.parametrize("mode", ["I;16", "RGBA", "LA"])

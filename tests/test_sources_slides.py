@@ -122,6 +122,7 @@ def test_tcga_goes_through_the_build(tcga_tree, tmp_path, few_tiles):
     sets = [ShardSet(tmp_path / "set", split) for split in ("train", "val")]
     manifest = sets[0].manifest
     assert manifest.classes == ("TCGA-BRCA", "TCGA-UVM") and manifest.source == "tcga"
+    assert "micrometres" in manifest.recipe["tiles"]
     groups = {}
     for shards in sets:
         for place in range(len(shards)):
@@ -217,6 +218,14 @@ def test_tiles_that_cannot_be_decoded_are_skipped_and_counted(tmp_path, monkeypa
     monkeypatch.setattr(slides, "MOST_TILES", 100)
     outcome = read_patient(unit_of(path), PATHOLOGY, SIZE)
     assert len(outcome.samples) == 100, "others take their place"
+
+
+def test_tiles_passed_over_are_counted_in_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(slides, "MOST_TILES", 500)
+    folder = tmp_path / "tree" / "22a29915-6712-4f7a-8dba-985ae9a1f005"
+    spoil_tiles(write_slide(folder / SLIDE, section()), [2 * 6 + 3])
+    assert run(tmp_path, tmp_path / "tree") == 0
+    assert ShardSet(tmp_path / "set", "train").manifest.skipped["tile that cannot be decoded"] == 16
 
 
 def test_a_slide_that_is_mostly_corrupt_is_left(tmp_path, monkeypatch):

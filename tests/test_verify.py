@@ -173,6 +173,10 @@ def turn_into(kind: bytes) -> Callable[[bytearray], None]:
     return header(lambda block: block.__setitem__(slice(156, 157), kind))
 
 
+def become_a_pickle(content: bytearray) -> None:
+    rename(bytes(content[:16]) + b".pkl")(content)
+
+
 def described(old: bytes, new: bytes) -> Callable[[bytearray], None]:
     def change(content: bytearray) -> None:
         at = content.index(old)
@@ -189,6 +193,7 @@ CRAFTED: dict[str, tuple[str, Callable[[bytearray], None], str]] = {
     "another key": ("vol", rename(b"0123456789abcdef.json"), "2 samples lie in the place of one"),
     "upwards": ("vol", rename(b"../../evil.json"), "leads upwards"),
     "absolute": ("vol", rename(b"/evil.json"), "absolute"),
+    "a pickle": ("vol", become_a_pickle, "members that are not the sample's"),
     "symbolic link": ("vol", turn_into(b"2"), "a symbolic link"),
     "hard link": ("vol", turn_into(b"1"), "a hard link"),
     "device": ("vol", turn_into(b"3"), "a device"),

@@ -1,10 +1,5 @@
 """From an input folder to units, and from units to stored samples: all sources behind one door."""
 
-import multiprocessing
-import signal
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +16,6 @@ _WANTED = {
     "volume": "NIfTI files or DICOM series",
 }
 _LINKED = "it is a link that leads out of the input folder; copy the file, or give the folder that it lies in"
-_CHUNKS = {"image": 16, "volume": 1}  # units a worker takes at a time: a picture is small, a volume is not
-_ALONE = 64  # fewer pictures than this are read before a second process has started
 
 
 def find_units(source_path: Path, modality: Modality, options: FindOptions, source: str = "") -> list[Unit]:
@@ -85,29 +78,3 @@ def read_unit(unit: Unit, modality: Modality, size: StoredSize) -> Outcome:
         return Outcome(left_out=str(reason))
     except DataError as error:
         return Outcome(broken=error.reason)
-
-
-def read_units(units: list[Unit], modality: Modality, size: StoredSize, workers: int) -> Iterator[Outcome]:
-    """Read units, in several processes where that pays, and yield the outcomes in the units' order."""
-    chunk = _CHUNKS.get(modality.kind, len(units))
-    if workers <= 1 or len(units) <= chunk or (chunk > 1 and len(units) < _ALONE):
-        yield from (read_unit(unit, modality, size) for unit in units)
-        return
-    chunks = deque(units[start : start + chunk] for start in range(0, len(units), chunk))
-    # Spawned, not forked: a fork copies locks that library threads may hold.
-    context, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, context, initializer=signal.signal, initargs=ignore) as pool:
-        waiting: deque[Future[list[Outcome]]] = deque()
-        try:
-            while chunks or waiting:
-                while (
-                    chunks and len(waiting) < 3 * workers
-                ):  # enough to keep all busy, few enough to fit in memory
-                    waiting.append(pool.submit(_read_chunk, chunks.popleft(), modality, size))
-                yield from waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _read_chunk(units: list[Unit], modality: Modality, size: StoredSize) -> list[Outcome]:
-    return [read_unit(unit, modality, size) for unit in units]

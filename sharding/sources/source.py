@@ -75,6 +75,7 @@ class Source:
             unit that gives nothing; runs in another process, so it is a module-level function. Two sources may
             share a reader under its one name.
         public: texts that were published by their authors: they need no scrubbing.
+        steps: what this source does before the steps of every source, a sentence each, for the manifest's recipe.
     """
 
     name: str
@@ -84,3 +85,4 @@ class Source:
     readers: Mapping[str, Reader] = field(default_factory=dict)
     fits: Callable[[Modality], bool] = lambda modality: True
     public: bool = False
+    steps: Mapping[str, str] = field(default_factory=dict)

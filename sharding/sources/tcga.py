@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.modalities import Modality
-from mnemos.sharding.sources.slides import read_patient, require_openslide
+from mnemos.sharding.sources.slides import LEAST_TISSUE, MICRONS, MOST_TILES, read_patient, require_openslide
 from mnemos.sharding.sources.source import FindOptions, Source
 from mnemos.sharding.sources.units import Unit, files_below, relative_name, root_of
 
@@ -113,4 +113,8 @@ SOURCE = Source(
     find=find_units,
     readers={"slide": read_patient},
     fits=_fits,
+    steps={
+        "tiles": f"at most {MOST_TILES} a patient at {MICRONS} micrometres a pixel, each at least {LEAST_TISSUE:.0%} tissue, "
+        "spread over the slide; labels and macros are never read"
+    },
 )
