@@ -7,9 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mnemos.sharding.bad_samples import num_allowed_bad
 from mnemos.sharding.build_set import chosen
-from mnemos.sharding.errors import DataError, UserError
+from mnemos.sharding.errors import DataError, UserError, num_allowed_broken
 from mnemos.sharding.in_processes import map_in_processes, num_workers
 from mnemos.sharding.index_files import write_index
 from mnemos.sharding.index_tar import PLAIN_HINT, TarScan, TarScanner, find_payload
@@ -176,7 +175,7 @@ def _check_fit(scans: list[TarScan], modality: Modality, options: IndexOptions) 
     """Raise DataError where too many samples would be left out."""
     unfit = sum(scan.unfit for scan in scans)
     total = unfit + sum(len(scan.samples) for scan in scans)
-    if unfit > num_allowed_bad(total, options.max_broken) or unfit == total:
+    if unfit > num_allowed_broken(total, options.max_broken) or unfit == total:
         reasons = [reason for scan in scans for reason in scan.reasons][:5]
         raise DataError(
             f"{unfit} of {total} samples do not fit preset {options.preset} ({'; '.join(reasons)}); samples of another "

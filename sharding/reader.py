@@ -24,6 +24,7 @@ from mnemos.sharding.storage import Store, StoreOptions, default_cache_dir, open
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MOST_VIEWS = 64  # shards from afar that stay mapped
 TOKENIZER_BYTES = 64 << 20
 TEXT_BYTES = 1 << 20
 MOST_IN_A_ROW = 100  # broken samples one behind the other: then it is the set that is broken
@@ -182,6 +183,8 @@ class ShardSet:
         shard, start, span = int(index["shard"][place]), int(index["start"][place]), int(index["span"][place])
         view = self._views.get(shard)
         if view is None:
+            if self.store.local is None and len(self._views) >= MOST_VIEWS:
+                del self._views[next(iter(self._views))]  # a copy that the cache has removed keeps its disk until then
             view = self._views[shard] = self._view(self.manifest.splits[self.split].shards[shard])
         found = view[start : start + span]
         if len(found) != span:

@@ -277,8 +277,8 @@ def open_store(root: str | Path, options: StoreOptions | None = None) -> Store:
     if address.startswith(PIPE):
         if not options.pipe:
             raise UserError(
-                "a pipe: root runs a command and is refused unless pipes are allowed; allow them only for roots "
-                "you wrote yourself"
+                "a pipe: root runs a command and is refused unless pipes are allowed (in training: --set data.pipe=true); "
+                "allow them only for roots you wrote yourself"
             )
         command = address.removeprefix(PIPE).strip()
         # only its first word is shown, the rest may hold a password; the hash tells two apart

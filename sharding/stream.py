@@ -33,6 +33,7 @@ LEAST_ROWS = 16  # of a part: fewer would cost more in messages than in decoding
 SLOTS = 4  # batches of the ring
 AHEAD = 64  # parts whose shards are fetched from an object store before they are read
 
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 OnSkip = Callable[[ShardSet, Skipped], None]
 _copies = CopiesUnderWay()
 
@@ -257,7 +258,11 @@ def stream(
             "worker_init_fn": partial(_outlive_signals, ring),
             "multiprocessing_context": "fork",  # the ring is inherited
         }
-    loader = iter(DataLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin, **options))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until a reader knows what to do with one
+    try:
+        loader = iter(DataLoader(pipeline, batch_size=None, num_workers=workers, pin_memory=pin, **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield from _assemble(sets, loader, ring, on_skip)
     finally:
@@ -318,3 +323,4 @@ def _outlive_signals(ring: BatchRing, worker: int) -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -27,6 +27,7 @@ TABLES = {
         "longer than|field", _lines("a.csv", b"text", b'"' + b"word\n" * 5_000_000)
     ),
     "CSV of a million columns": table("columns", _lines("a.csv", b"text" + b",x" * 1_000_000, *[b"a"] * 200)),
+    "CSV of three long rows": table("3 samples", _lines("a.csv", b"text", *[b"word " * 500_000] * 3), "read"),
     "CSV that is no UTF-8": table("UTF-8", _lines("a.csv", b"text", b"\xff\xfe\x80")),
     "CSV with NUL bytes": table("", _lines("a.csv", b"text", b"a\0b clear"), "read"),
     "JSONL line of 2 GB": table("longer than", hole("a.jsonl", _GOOD + b"\n", 2 * GIB)),

@@ -36,6 +36,10 @@ def read(folder: Path, modality_name: str) -> tuple[str, str]:
             return verdict.replace("_", " "), " | ".join(said)
     if not all(unit.name.isprintable() for unit in units):
         return "read", "a name that breaks its line, steers the terminal or cannot be encoded"
+    for text in (
+        sample.array for outcome in outcomes for sample in outcome.samples if isinstance(sample.array, str)
+    ):
+        text.encode()  # what cannot be stored is as bad as a crash
     return "read", f"{sum(len(outcome.samples) for outcome in outcomes)} samples"
 
 

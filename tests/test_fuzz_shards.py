@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_sets import PAYLOADS, contents, copied, files, write_small_set
 
@@ -211,11 +211,13 @@ def test_whoever_computes_every_hash_gets_no_further(sets, tmp_path):
     """Damage to an index under a manifest that vouches for it: any UserError or DataError, nothing else."""
     folder = copied(sets / "vol", tmp_path / "set")
     whole, came = (folder / "train" / "index.npz").read_bytes(), Counter[str]()
-    # half of it where zip says how its members are stored
-    byte = st.one_of(st.integers(0, len(whole) - 1), st.integers(whole.index(b"PK\1\2"), len(whole) - 1))
+    directory = whole.index(b"PK\1\2")  # where zip says how its members are stored
+    byte = st.one_of(st.integers(0, len(whole) - 1), st.integers(directory, len(whole) - 1))
     value = st.one_of(st.integers(0, 255), st.sampled_from([0, 1, 8, 32, 64, 128]))
 
     @settings(bounded, max_examples=200)
+    @example([(directory + 8, 1)])  # "encrypted"
+    @example([(directory + 6, 64)])  # "of a version to come"
     @given(st.lists(st.tuples(byte, value), min_size=1, max_size=4))
     def check(changes: list[tuple[int, int]]) -> None:
         data = bytearray(whole)

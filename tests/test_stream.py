@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -95,3 +97,29 @@ def test_readers_outlive_a_signal_to_the_job(tiny_sets: Path) -> None:
         assert reader.pid is not None
         os.kill(reader.pid, signal.SIGTERM)
     assert [first.step, *(batch.step for batch in batches)] == list(range(40))
+
+
+def test_a_stream_given_up_early_leaves_no_reader(tiny_sets: Path) -> None:
+    batches = stream(sets(tiny_sets), partial(plan, 40), workers=2, pin=False)
+    next(batches)
+    readers = multiprocessing.active_children()
+    assert len(readers) == 2
+    batches.close()
+    assert not [reader for reader in readers if reader.is_alive()]
+
+
+def test_a_program_that_ends_amid_a_stream_ends(tiny_sets: Path) -> None:
+    script = (
+        "import sys; from functools import partial; from pathlib import Path; import test_stream as here\n"
+        "batches = here.stream(here.sets(Path(sys.argv[1])), partial(here.plan, 40), workers=2, pin=False)\n"
+        "kept = [next(batches), next(batches)]; print(kept[1].step)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_sets)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == "1\n"
