@@ -52,10 +52,10 @@ setup(
         "threadpoolctl>=3",
         "psutil>=6",
         "simplejpeg>=1.8",
-        "blosc2>=3",
+        "blosc2>=3,<5",  # whose chunks codecs.py checks before it unpacks them
         "xxhash>=3.5",
         "obstore>=0.12,<0.13",  # S3, Google, Azure and HTTP in one package
-        "Pillow>=11",
+        "Pillow>=13",  # bounds what a TIFF header may take
         "nibabel>=5.3",
         "pydicom>=3.0.2",  # 3.0.1 and earlier: path traversal through DICOMDIR, CVE-2026-32711
         "pylibjpeg>=2",  # what pydicom asks the next two through

@@ -231,7 +231,9 @@ def _default_data(settings: Settings) -> Path:
 
         print(f"making the sample shards under {folder} (once, about 20 seconds)", flush=True)
         make_sample_shards(folder)
-    older = [path for path in folder.glob(f"*/{MANIFEST_FILE}") if f'"{FORMAT}"' not in path.read_text("utf-8")]
+    older = [
+        path for path in folder.glob(f"*/{MANIFEST_FILE}") if f'"{FORMAT}"' not in path.read_text("utf-8")
+    ]
     if older:
         raise UserError(
             f"{folder} holds sample shards of an older version; remove that folder and give the command again, which makes new ones"

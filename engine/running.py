@@ -57,7 +57,9 @@ def run_plan(plan: Plan) -> int:
         _tell(f"error: {error}")
         return BAD_DATA
     except StoreError as error:
-        print(f"error: rank {dist.rank()}: {error}; start the same command again", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {dist.rank()}: {error}; start the same command again", file=sys.stderr, flush=True
+        )
         return TRY_AGAIN
     except DataError as error:  # the rank that met the broken sample tells; the launcher ends the others
         print(
@@ -105,7 +107,9 @@ def _begin(run: RunDirectory, plan: Plan) -> None:
     known = [entry["name"] for entry in run.ledger()["stages"]]
     order = [stage.name for stage in plan.stages]
     later = [name for name in (*plan.settings.curriculum.stages, *known) if name not in order]
-    run.set_stages([*order, *dict.fromkeys(later)], plan.data if isinstance(plan.data, str) else plan.data.resolve())
+    run.set_stages(
+        [*order, *dict.fromkeys(later)], plan.data if isinstance(plan.data, str) else plan.data.resolve()
+    )
 
 
 def _do_stage(run: RunDirectory, plan: Plan, stage: Stage) -> None:

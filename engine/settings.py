@@ -132,9 +132,15 @@ class DataSettings(_Section):
     max_bad: float = Field(
         0.01, ge=0, lt=1, description="share of a set's samples that may be broken; they are skipped and told"
     )
-    cache: str = Field("", description="folder for shards fetched from an object store; empty: ~/.cache/mnemos/shards")
-    cache_gb: float = Field(20.0, gt=0, description="most the shards in it may take, in GB; the oldest are removed")
-    pipe: bool = Field(False, description="allow --data pipe:COMMAND, which runs a shell command for each shard")
+    cache: str = Field(
+        "", description="folder for shards fetched from an object store; empty: ~/.cache/mnemos/shards"
+    )
+    cache_gb: float = Field(
+        20.0, gt=0, description="most the shards in it may take, in GB; the oldest are removed"
+    )
+    pipe: bool = Field(
+        False, description="allow --data pipe:COMMAND, which runs a shell command for each shard"
+    )
     baseline_samples: int = Field(4096, ge=1, description="training samples behind the constant predictor")
 
 

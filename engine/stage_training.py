@@ -110,7 +110,9 @@ class StageTraining:
         self.schedule = plan.schedule(
             stage,
             tuple(len(kept) for kept in self.sets[1:]),
-            tuple(tuple(shard.samples for shard in kept.manifest.splits["train"].shards) for kept in self.sets),
+            tuple(
+                tuple(shard.samples for shard in kept.manifest.splits["train"].shards) for kept in self.sets
+            ),
         )
         self.bad = BadSamples(self.settings.data.max_bad)
         self.known_bad = 0  # of all ranks, told already
@@ -213,9 +215,7 @@ class StageTraining:
                 progress.advance(len(pending), **_facts(pending, pace, latest))
                 pending, since = [], time.monotonic()
                 if stopped or (step % training.checkpoint_every < training.log_every and not last):
-                    save_checkpoint(
-                        self.stage.directory / CHECKPOINTS, self.engine, step, self.taken(step)
-                    )
+                    save_checkpoint(self.stage.directory / CHECKPOINTS, self.engine, step, self.taken(step))
                 if stopped:
                     raise Stopped
             if step % training.validate_every == 0 and not last:

@@ -283,7 +283,7 @@ def _values(out: Path, manifest: "Manifest | None") -> dict[str, int]:
     """Count what is stored in each split: tokens, pixels or voxels."""
     from math import prod
 
-    from mnemos.sharding.manifest import load_index
+    from mnemos.sharding.sample_index import load_index
     from mnemos.sharding.storage import open_store
 
     assert manifest is not None, "values are counted after the build"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemos.sharding.codecs import DECODERS, decode_ids, decode_text, span_checksum
+from mnemos.sharding.codecs import BROKEN, DECODERS, decode_ids, decode_text, span_checksum
 from mnemos.sharding.descriptions import describe, payload_members
 from mnemos.sharding.errors import StoreError
 from mnemos.sharding.manifest import IN_PLACE, Manifest, Shard
-from mnemos.sharding.reader import _BROKEN, TEXT_BYTES, tokenizer_file
+from mnemos.sharding.reader import TEXT_BYTES, tokenizer_file
 from mnemos.sharding.storage import Store
 from mnemos.sharding.tar_members import Member, Sample, TarFault, group_members, walk_tar
 
@@ -244,7 +244,7 @@ class ShardChecker:
                         yield offset, "its ids are not its text's"
             elif self.texts:
                 self._tokenise(data)
-        except _BROKEN as error:
+        except BROKEN as error:
             yield offset, f"it does not decode ({error})"
 
     def _tokenise(self, data: memoryview) -> list[int]:

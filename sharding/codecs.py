@@ -8,6 +8,8 @@ the size it must find and refuses anything else before it allocates. A pickle is
 """
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,17 @@ if TYPE_CHECKING:
 
 Buffer = bytes | memoryview
 JPEG_QUALITY = 95
+# What decoders raise for bad bytes, Pillow's own among them.
+BROKEN = (
+    *(ValueError, OSError, RuntimeError, SyntaxError, ArithmeticError, LookupError, TypeError, EOFError),
+    *(struct.error, zlib.error),
+)
+# Of a blosc2 chunk: version, LZ4's version, flags, type size; bytes unpacked, of a block, packed.
+_CHUNK = struct.Struct("<4B3i")
+_CHUNK_BYTES = 32
+_CODECS = [bytes([0, 0, 0, 0, 0, 1, codec]) + bytes(8) for codec in (1, 2)]  # shuffle last; LZ4 or LZ4HC
+_UNSPLIT, _COPIED, _LZ4, _EXTENDED = 0x10, 0x02, 0x20, 0x05  # flags
+_ZEROS = 0x10  # a chunk that is nothing but its header
 
 
 def encode_image(image_CYX: np.ndarray, payload: str = "jpg") -> bytes:
@@ -60,13 +73,16 @@ def decode_jpeg(data: Buffer, out_YXC: np.ndarray) -> None:
 
 
 def decode_png(data: Buffer, out_YXC: np.ndarray) -> None:
-    """Decode a PNG as `decode_jpeg` does a JPEG."""
+    """Decode an 8-bit PNG, grey, RGB or with a palette, as `decode_jpeg` does a JPEG."""
     from PIL import Image
 
     height, width, channels = out_YXC.shape
+    found = tuple(int.from_bytes(data[at : at + 4], "big") for at in (20, 16))
+    if found != (height, width):  # before Pillow sees it, which has a limit of its own
+        raise ValueError(f"the image is {found[0]}x{found[1]}, not {height}x{width}")
     with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-        if (picture.height, picture.width) != (height, width):
-            raise ValueError(f"the image is {picture.height}x{picture.width}, not {height}x{width}")
+        if picture.mode not in ("L", "RGB", "P") or picture.size != (width, height):
+            raise ValueError(f"the image is {picture.mode} of {picture.size}, not 8-bit grey or RGB")
         image = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
     out_YXC[...] = image.reshape(out_YXC.shape)
 
@@ -88,25 +104,52 @@ def decode_volume(data: Buffer, out_ZYX: np.ndarray) -> None:
     """Decode a ``vol`` payload into int16 [Z, Y, X] of exactly its size; ValueError otherwise."""
     import blosc2
 
-    found = blosc2.get_cbuffer_sizes(data)
-    if found[0] != out_ZYX.nbytes or found[1] != len(data):
-        expected = f"{out_ZYX.nbytes} of {out_ZYX.shape} int16 voxels"
-        raise ValueError(f"the volume holds {found[0]} bytes in {found[1]}, not {expected} in {len(data)}")
+    _check_chunk(data, out_ZYX.nbytes)
     blosc2.set_nthreads(1)  # the reading processes are the parallelism
     blosc2.decompress(data, dst=out_ZYX)
 
 
+def _check_chunk(data: Buffer, num_bytes: int) -> None:
+    """Raise ValueError unless bytes are a chunk as `encode_volume` makes it, every block inside.
+
+    blosc2 believes a chunk's flags and the places of its blocks: others make it read and write where it must not.
+    """
+    if len(data) < _CHUNK_BYTES:
+        raise ValueError(f"the volume has {len(data)} bytes, fewer than a chunk's header")
+    version, lz4_version, flags, type_size, found, block, size = _CHUNK.unpack_from(data)
+    if found != num_bytes or size != len(data):
+        raise ValueError(
+            f"the volume holds {found} bytes in {size}, not {num_bytes} of int16 voxels in {len(data)}"
+        )
+    rest = flags & ~(_UNSPLIT | _COPIED | _LZ4)
+    if (version, lz4_version, type_size, rest) != (5, 1, 2, _EXTENDED) or bytes(data[16:31]) not in _CODECS:
+        raise ValueError("the volume is not byte-shuffled int16 in LZ4")
+    special = data[31]
+    if special == _ZEROS and size == _CHUNK_BYTES:
+        return
+    blocks = -(-num_bytes // block) if 0 < block <= num_bytes else 0
+    first = _CHUNK_BYTES + (0 if flags & _COPIED else 4 * blocks)
+    if special or not blocks or size < first or (flags & _COPIED and size != first + num_bytes):
+        raise ValueError("the volume's blocks do not fit its size")
+    if not flags & _COPIED:
+        starts = np.frombuffer(data, "<i4", blocks, _CHUNK_BYTES)
+        if not flags & _LZ4 or starts.min() < first or starts.max() >= size:
+            raise ValueError("a block of the volume lies outside")
+
+
 def decode_npy(data: Buffer, out_ZYX: np.ndarray) -> None:
     """Copy an ``npy`` payload into int16 [Z, Y, X] of exactly its size; ValueError otherwise."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if shape != out_ZYX.shape or dtype != np.dtype("<i2") or fortran:
-        raise ValueError(f"the array is {dtype} {shape}, not int16 {out_ZYX.shape} in C order")
-    if len(data) - stream.tell() != out_ZYX.nbytes:
-        raise ValueError(f"the array has {len(data) - stream.tell()} bytes, not {out_ZYX.nbytes}")
-    out_ZYX[...] = np.frombuffer(data, dtype=dtype, offset=stream.tell()).reshape(shape)
+    # Compared with the one header it may have: NumPy evaluates a header as Python.
+    version, wide = bytes(data[:8]), bytes(data[6:7]) != b"\x01"
+    begin = 12 if wide else 10
+    end = begin + int.from_bytes(data[8:begin], "little")
+    wanted = f"{{'descr': '<i2', 'fortran_order': False, 'shape': {out_ZYX.shape}, }}"
+    header = bytes(data[begin : min(end, begin + 1024)]).decode("latin-1").strip()
+    if version[:6] != b"\x93NUMPY" or header != wanted:
+        raise ValueError(f"the array is {header[:100]!r}, not {wanted!r}")
+    if len(data) - end != out_ZYX.nbytes:
+        raise ValueError(f"the array has {len(data) - end} bytes, not {out_ZYX.nbytes}")
+    out_ZYX[...] = np.frombuffer(data, "<i2", offset=end).reshape(out_ZYX.shape)
 
 
 DECODERS: dict[str, Callable[[Buffer, np.ndarray], None]] = {

@@ -14,7 +14,6 @@ from mnemos.sharding.errors import UserError
 from mnemos.sharding.index_tar import TarScan, TarScanner, open_tar
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import (
-    COLUMNS,
     IN_PLACE,
     INDEX_FILE,
     MANIFEST_FILE,
@@ -27,6 +26,7 @@ from mnemos.sharding.manifest import (
     write_manifest,
 )
 from mnemos.sharding.modalities import StoredSize
+from mnemos.sharding.sample_index import COLUMNS
 from mnemos.sharding.split_writer import FinishedShard, SplitWriter
 from mnemos.sharding.tokenizer import load_tokenizer, train_tokenizer
 from mnemos.sharding.writer import TOKENIZER_FILE

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mnemos.sharding.codecs import DECODERS, decode_ids, span_checksum
+from mnemos.sharding.codecs import BROKEN, DECODERS, decode_ids, span_checksum
 from mnemos.sharding.descriptions import describe, payload_members
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.manifest import PAYLOADS
 from mnemos.sharding.modalities import Kind, Modality
 from mnemos.sharding.preprocess import HOUNSFIELD_SCALE
-from mnemos.sharding.reader import _BROKEN, TEXT_BYTES
+from mnemos.sharding.reader import TEXT_BYTES
 from mnemos.sharding.tar_members import Member, Sample, TarFault, group_members, walk_tar
 
 _SCALES = {"unit": 1 / 255, "hounsfield": HOUNSFIELD_SCALE, "tokens": 1.0}
@@ -111,7 +111,7 @@ class TarScanner:
             wrong = [kind for kind in PAYLOADS[self.modality.kind] if payload_members(sample, kind)]
             if wrong:
                 raise ValueError(f"it has .{wrong[0]} in a set of .{self.payload}; a set has one of them")
-        except _BROKEN as error:
+        except BROKEN as error:
             scan.unfit += 1
             if len(scan.reasons) < _KEPT_REASONS:
                 scan.reasons.append(f"{scan.path.name}:{sample.key}: {error}")

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from mnemos.sharding.codecs import encode_ids, encode_volume
 from mnemos.sharding.errors import UserError
-from mnemos.sharding.manifest import COLUMNS, SPLITS, Manifest
+from mnemos.sharding.manifest import SPLITS, Manifest
 from mnemos.sharding.reader import ShardSet
+from mnemos.sharding.sample_index import COLUMNS
 from mnemos.sharding.writer import ShardSetWriter, check_new_folder
 
 SOURCE = "merge"

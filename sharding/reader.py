@@ -7,7 +7,6 @@ Shape suffixes: N samples of the set, B samples of a batch, C channels.
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mnemos.sharding.codecs import DECODERS, decode_ids, decode_text, span_checksum
+from mnemos.sharding.codecs import BROKEN, DECODERS, decode_ids, decode_text, span_checksum
 from mnemos.sharding.errors import DataError, UserError
-from mnemos.sharding.manifest import SPLITS, Manifest, Shard, load_index, load_manifest
+from mnemos.sharding.manifest import SPLITS, Manifest, Shard, load_manifest
+from mnemos.sharding.sample_index import load_index
 from mnemos.sharding.storage import Store, StoreOptions, default_cache_dir, open_store
+from mnemos.sharding.tar_members import walk_tar
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,7 +29,6 @@ MOST_VIEWS = 64  # shards from afar that stay mapped
 TOKENIZER_BYTES = 64 << 20
 TEXT_BYTES = 1 << 20
 MOST_IN_A_ROW = 100  # broken samples one behind the other: then it is the set that is broken
-_BROKEN = (ValueError, OSError, RuntimeError, SyntaxError, OverflowError)  # what decoders raise for bad bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +146,13 @@ class ShardSet:
         """Return the stored text of a sample ("" for images and volumes)."""
         if self.manifest.kind != "text":
             return ""
-        import tarfile
-
-        name = self.index["key"][place].decode() + ".txt"
-        with tarfile.open(fileobj=io.BytesIO(self._span(place)), mode="r:") as tar:
-            for member in tar:
-                if member.name == name and (file := tar.extractfile(member)):
-                    return file.read().decode("utf-8")
+        span = self._span(place)
+        try:
+            for member in walk_tar(span, 0, len(span)):
+                if member.extension == "txt":  # a user's own tars have names of their own
+                    return bytes(span[member.offset : member.offset + member.size]).decode("utf-8")
+        except ValueError as error:  # a damaged header, or no UTF-8
+            raise self._broken(place, f"its text cannot be read ({error})") from error
         raise self._broken(place, "its text is missing")
 
     def row(self, place: int) -> dict[str, Any]:
@@ -184,7 +184,9 @@ class ShardSet:
         view = self._views.get(shard)
         if view is None:
             if self.store.local is None and len(self._views) >= MOST_VIEWS:
-                del self._views[next(iter(self._views))]  # a copy that the cache has removed keeps its disk until then
+                del self._views[
+                    next(iter(self._views))
+                ]  # a copy that the cache has removed keeps its disk until then
             view = self._views[shard] = self._view(self.manifest.splits[self.split].shards[shard])
         found = view[start : start + span]
         if len(found) != span:
@@ -209,18 +211,18 @@ class ShardSet:
         data = self._payload(place)
         try:
             DECODERS[self.manifest.payload](data, out)
-        except _BROKEN as error:
+        except BROKEN as error:
             raise self._broken(place, f"it does not decode ({error})") from error
 
     def _ids(self, place: int) -> np.ndarray:
         data, most = self._payload(place), self.manifest.shape[0]
         if len(data) > TEXT_BYTES:
             raise self._broken(place, f"a text of {len(data)} bytes; at most {TEXT_BYTES} are read")
+        # before the attempt: a damaged tokenizer is the set's fault, not the sample's
+        tokenizer = None if self.manifest.payload == "ids" else self._load_tokenizer()
         try:
-            if self.manifest.payload == "ids":
-                return decode_ids(data, most)
-            return decode_text(data, most, self._load_tokenizer())
-        except _BROKEN as error:
+            return decode_ids(data, most) if tokenizer is None else decode_text(data, most, tokenizer)
+        except BROKEN as error:
             raise self._broken(place, f"it does not decode ({error})") from error
 
     def _load_tokenizer(self) -> "Tokenizer":

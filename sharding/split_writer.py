@@ -16,7 +16,8 @@ import numpy as np
 
 from mnemos.sharding.codecs import span_checksum
 from mnemos.sharding.durable import sync_file, sync_path
-from mnemos.sharding.manifest import COLUMNS, INDEX_FILE, Shard, Split, file_sha256
+from mnemos.sharding.manifest import INDEX_FILE, Shard, Split, file_sha256
+from mnemos.sharding.sample_index import COLUMNS
 
 _BLOCK = 512  # tar's unit: a header is one block, data are padded to blocks
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from mnemos.sharding.batch_ring import BatchRing, CopiesUnderWay, RingClosed
-from mnemos.sharding.errors import DataError, StoreError
+from mnemos.sharding.errors import DataError, StoreError, UserError
 from mnemos.sharding.reader import ShardSet, Skipped
 from mnemos.sharding.tokenizer import PAD
 
@@ -195,11 +195,11 @@ class _Read:
     ) -> None:
         self.sets, self.ring, self.ready = sets, ring, ready
 
-    def __call__(self, parts: Iterable[_Part]) -> Iterator[_Part | DataError | StoreError]:
+    def __call__(self, parts: Iterable[_Part]) -> Iterator[_Part | DataError | StoreError | UserError]:
         for part in parts:
             try:
                 yield self._read(part)
-            except (DataError, StoreError) as error:
+            except (DataError, StoreError, UserError) as error:
                 yield error
                 return
             except RingClosed:
@@ -282,7 +282,7 @@ def _assemble(
         part = next(parts, None)
         if part is None:
             return
-        if isinstance(part, DataError | StoreError):
+        if isinstance(part, DataError | StoreError | UserError):
             raise part
         request, shards = part.request, sets[part.request.member]
         _tell(shards, part.skipped, on_skip)

@@ -12,16 +12,9 @@ from tqdm import tqdm
 from mnemos.sharding.check_shard import Fault, ShardChecker, ShardJob
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.in_processes import map_in_processes, num_workers
-from mnemos.sharding.manifest import (
-    COLUMNS,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    SPLITS,
-    Manifest,
-    load_index,
-    read_manifest,
-)
+from mnemos.sharding.manifest import INDEX_FILE, MANIFEST_FILE, SPLITS, Manifest, read_manifest
 from mnemos.sharding.reader import tokenizer_file
+from mnemos.sharding.sample_index import COLUMNS, load_index
 from mnemos.sharding.storage import Store, StoreOptions, open_store
 from mnemos.sharding.tokenizer import load_tokenizer
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,9 @@ def test_an_epoch_takes_every_sample_at_most_once(streams: int) -> None:
 def test_a_key_gives_one_order_and_another_key_another() -> None:
     orders = [epoch_order(SHARDS, key=key, streams=2).tolist() for key in (1, 1, 2, -1)]
     assert orders[0] == orders[1] and orders[0] != orders[2] != orders[3]
-    left_out = [set(range(sum(SHARDS))) - set(epoch_order(SHARDS, key=key, streams=7).flat) for key in range(9)]
+    left_out = [
+        set(range(sum(SHARDS))) - set(epoch_order(SHARDS, key=key, streams=7).flat) for key in range(9)
+    ]
     assert all(len(rest) == sum(SHARDS) % 7 for rest in left_out) and len(set(map(frozenset, left_out))) > 1
 
 
@@ -105,10 +107,10 @@ def uninterrupted(many_shards: ShardSet) -> list[list[int]]:
 
 def test_three_epochs_without_reading(uninterrupted: list[list[int]]) -> None:
     assert len(uninterrupted) == 12
-    epochs = [sum(uninterrupted[start : start + 4], []) for start in (0, 4, 8)]
+    epochs = [list(chain(*uninterrupted[start : start + 4])) for start in (0, 4, 8)]
     assert all(len(set(epoch)) == len(epoch) == 48 for epoch in epochs), "at most once per epoch"
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert max(Counter(sum(epochs, [])).values()) == 3
+    assert max(Counter(chain(*epochs)).values()) == 3
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -122,7 +124,9 @@ def test_ranks_and_workers_do_not_matter(
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("stop", np.random.default_rng(2026).choice(np.arange(1, 12), 3, replace=False).tolist())
+@pytest.mark.parametrize(
+    "stop", np.random.default_rng(2026).choice(np.arange(1, 12), 3, replace=False).tolist()
+)
 def test_a_stop_under_2x2_continued_under_1x3_gives_the_uninterrupted_order(
     many_shards: ShardSet, uninterrupted: list[list[int]], stop: int
 ) -> None:
@@ -155,7 +159,9 @@ def test_a_held_batch_is_not_written_over(many_shards: ShardSet) -> None:
 
 def test_no_file_is_made_for_shared_memory(many_shards: ShardSet) -> None:
     before = set(Path("/dev/shm").iterdir())
-    batches = stream([many_shards], partial(_requests, schedule_of(many_shards), 0, 0, 1), workers=1, pin=False)
+    batches = stream(
+        [many_shards], partial(_requests, schedule_of(many_shards), 0, 0, 1), workers=1, pin=False
+    )
     first = next(batches)
     new = {path for path in Path("/dev/shm").iterdir() if path not in before}
     assert not [path for path in new if path.stat().st_size > 1 << 20] and len(first.data) == BATCH

@@ -39,7 +39,9 @@ def numbers(shards: ShardSet, workers: int, ranks: int = 1) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_flaky_server_delivers_every_sample_exactly_once(folder: Path, tmp_path: Path, workers: int) -> None:
+def test_a_flaky_server_delivers_every_sample_exactly_once(
+    folder: Path, tmp_path: Path, workers: int
+) -> None:
     expected = numbers(ShardSet(folder / "films", "train"), 0)
     assert len(set(expected)) == len(expected) == 48
     with FlakyServer(folder, rate=0.3, seed=4) as server:

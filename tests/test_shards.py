@@ -357,7 +357,9 @@ def test_decoders_check_the_size_first():
             codecs.encode_image(np.zeros((1, 16, 24), np.uint8)), np.empty((24, 16, 1), np.uint8)
         )
     with pytest.raises(ValueError, match="voxels"):
-        codecs.decode_volume(codecs.encode_volume(np.zeros((2, 3, 4), np.int16)), np.empty((2, 3, 5), np.int16))
+        codecs.decode_volume(
+            codecs.encode_volume(np.zeros((2, 3, 4), np.int16)), np.empty((2, 3, 5), np.int16)
+        )
     with pytest.raises(ValueError, match="token ids"):
         codecs.decode_ids(codecs.encode_ids(np.arange(9)), 8)
     with pytest.raises(ValueError, match="65535"):

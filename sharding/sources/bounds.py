@@ -67,4 +67,5 @@ def _said(error: BaseException, explain: bool) -> str:
     """Return an error in a few words; of the file system without the file's name."""
     lines = str(error).strip().splitlines() if explain else []
     words = getattr(error, "strerror", None) or (lines[0].rstrip(".") if lines else "")
-    return printable(words or type(error).__name__)
+    name = type(error).__name__
+    return printable(words or (f"{type(error).__module__}.error" if name == "error" else name))
