@@ -16,7 +16,7 @@ from mnemos.engine.slots import Schedule
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import FORMAT, MANIFEST_FILE, Manifest, load_manifest
 from mnemos.sharding.modalities import DEFAULT_ORDER, STORED_SIZES
-from mnemos.sharding.storage import StoreOptions, list_sets, open_store
+from mnemos.sharding.stores.storage import StoreOptions, list_sets, open_store
 
 BUFFER = "buffer"
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -33,7 +33,7 @@ from mnemos.kernels.counter_rng import stream_key
 from mnemos.sharding.bad_samples import BadSamples
 from mnemos.sharding.modalities import STORED_SIZES
 from mnemos.sharding.reader import ShardSet, tokenizer_file
-from mnemos.sharding.storage import open_store
+from mnemos.sharding.stores.storage import open_store
 from mnemos.sharding.stream import RawBatch, Request, stream
 from mnemos.sharding.tokenizer import load_tokenizer, starts_word
 

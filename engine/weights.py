@@ -195,7 +195,7 @@ class PretrainedEncoder:
 
 def _read_samples(source: str | Path | np.ndarray, record: dict[str, Any]) -> list[Sample]:
     """Return what shards would hold of a file or an array, by the modality's own preprocessing."""
-    from mnemos.sharding.preprocess import recipe_centre
+    from mnemos.sharding.building.preprocess import recipe_centre
     from mnemos.sharding.sources.samples import find_units, read_unit
     from mnemos.sharding.sources.source import FindOptions
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnemos.sharding.build_set import BuildOptions, BuildReport, build_set
+from mnemos.sharding.building.build_set import BuildOptions, BuildReport, build_set
 from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES
 from mnemos.sharding.sources.registry import NAMES

@@ -10,7 +10,7 @@ from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES
 
 if TYPE_CHECKING:
-    from mnemos.sharding.index_set import IndexReport
+    from mnemos.sharding.upkeep.index_set import IndexReport
 
 EXAMPLES = """\
 examples:
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 def command(argv: Sequence[str] | None) -> None:
     """Parse, index, print the summary."""
     given: dict[str, Any] = vars(parser().parse_args(argv))
-    from mnemos.sharding.index_set import IndexOptions, index_set
+    from mnemos.sharding.upkeep.index_set import IndexOptions, index_set
 
     options = IndexOptions(**given)
     print(summary(index_set(options), options.directory))

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.modalities import Kind, Modality
-from mnemos.sharding.storage import Store, open_store
+from mnemos.sharding.stores.storage import Store, open_store
 
 FORMAT = "mnemos-shards-2"
 MANIFEST_FILE = "manifest.json"

@@ -10,7 +10,7 @@ from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.errors import UserError
 
 if TYPE_CHECKING:
-    from mnemos.sharding.merge_sets import Merged
+    from mnemos.sharding.upkeep.merge_sets import Merged
 
 EXAMPLES = """\
 examples:
@@ -67,7 +67,7 @@ def command(argv: Sequence[str] | None) -> None:
     options = parser().parse_args(argv)
     if len(options.sets) < 2:
         raise UserError("one set is given; name two or more to join")
-    from mnemos.sharding.merge_sets import merge_sets
+    from mnemos.sharding.upkeep.merge_sets import merge_sets
 
     print(summary(merge_sets(options.sets, options.out), options.out))
 

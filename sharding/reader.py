@@ -19,7 +19,7 @@ from mnemos.sharding.codecs import BROKEN, DECODERS, decode_ids, decode_text, sp
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.manifest import SPLITS, Manifest, Shard, load_manifest
 from mnemos.sharding.sample_index import load_index
-from mnemos.sharding.storage import Store, StoreOptions, default_cache_dir, open_store
+from mnemos.sharding.stores.storage import Store, StoreOptions, default_cache_dir, open_store
 from mnemos.sharding.tar_members import walk_tar
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.manifest import INDEX_FILE, Manifest, Split
-from mnemos.sharding.storage import Store
+from mnemos.sharding.stores.storage import Store
 
 INDEX_BYTES = 8 << 30  # most that is read of it
 COLUMNS: dict[str, Any] = {  # of an index; a set may carry more

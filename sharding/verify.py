@@ -11,7 +11,7 @@ from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.errors import DataError, StoreError, UserError
 
 if TYPE_CHECKING:
-    from mnemos.sharding.verify_set import Verdict
+    from mnemos.sharding.upkeep.verify_set import Verdict
 
 EXAMPLES = """\
 examples:
@@ -85,7 +85,7 @@ def command(argv: Sequence[str] | None) -> None:
         raise UserError(f"--workers is {options.workers}; 0 (one per core) or more is allowed")
     if options.most < 1:
         raise UserError(f"--most is {options.most}; 1 or more is allowed")
-    from mnemos.sharding.verify_set import verify_set
+    from mnemos.sharding.upkeep.verify_set import verify_set
 
     verdict = verify_set(options.data, workers=options.workers, most=options.most)
     print((as_json if options.json else report)(verdict, options.data, options.most))

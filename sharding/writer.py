@@ -31,7 +31,7 @@ from mnemos.sharding.split_writer import SplitWriter
 from mnemos.sharding.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from mnemos.sharding.journal import Journal
+    from mnemos.sharding.building.journal import Journal
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from mnemos.sharding.storage import RemoteStore, Store, StoreOptions, open_store
+from mnemos.sharding.stores.storage import RemoteStore, Store, StoreOptions, open_store
 
 SIZE = 40_000
 SHARDS = {f"train/{number:06d}.tar": Random(number).randbytes(SIZE + number) for number in range(8)}

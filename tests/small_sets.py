@@ -14,12 +14,12 @@ import numpy as np
 from sample_files import KEY, grey_film
 
 from mnemos.sharding.codecs import encode_image, span_checksum
-from mnemos.sharding.index_set import IndexOptions, index_set
 from mnemos.sharding.manifest import SPLITS, file_sha256, load_manifest, write_manifest
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, StoredSize
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.sample import Sample
 from mnemos.sharding.tokenizer import train_tokenizer
+from mnemos.sharding.upkeep.index_set import IndexOptions, index_set
 from mnemos.sharding.writer import ShardSetWriter
 
 SIZE = StoredSize(image=(16, 24), volume=(4, 8, 8), spacing_mm=(4.0, 3.0, 3.0), stride={}, text=48, vocab=400)

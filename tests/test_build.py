@@ -23,14 +23,14 @@ from sample_files import (
 )
 
 from mnemos.sharding import build
-from mnemos.sharding.build_fill import num_allowed_broken
-from mnemos.sharding.build_set import BuildOptions, build_set
+from mnemos.sharding.building.build_fill import num_allowed_broken
+from mnemos.sharding.building.build_set import BuildOptions, build_set
+from mnemos.sharding.building.splits import assign_splits
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import STORED_SIZES
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.sources.units import Unit
-from mnemos.sharding.splits import assign_splits
 
 
 def run(tmp_path, modality, source, *flags, out="set"):

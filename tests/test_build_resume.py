@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 from sample_files import grey_film, head, key_file, write_csv, write_films, write_nifti
 
-from mnemos.sharding import build, build_fill, prepare
+from mnemos.sharding import build
+from mnemos.sharding.building import build_fill, prepare
+from mnemos.sharding.building.journal import Head, Journal
 from mnemos.sharding.errors import DataError
-from mnemos.sharding.journal import Head, Journal
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import MODALITIES

@@ -35,13 +35,13 @@ from small_sets import (
 from mnemos.sharding import index
 from mnemos.sharding.codecs import encode_ids, encode_volume
 from mnemos.sharding.errors import DataError, UserError
-from mnemos.sharding.index_set import IndexReport, index_set
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.stream import Request, stream
 from mnemos.sharding.tokenizer import load_tokenizer
-from mnemos.sharding.verify_set import verify_set
+from mnemos.sharding.upkeep.index_set import IndexReport, index_set
+from mnemos.sharding.upkeep.verify_set import verify_set
 
 MODALITY = {"jpg": "xray", "png": "pathology", "npy": "ct", "txt": "report"}
 LONG_KEY = f"clinic/{'long' * 30}/secret_"
@@ -326,7 +326,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mnemos.sharding.index_files.write_manifest", full)
+    monkeypatch.setattr("mnemos.sharding.upkeep.index_files.write_manifest", full)
     with pytest.raises(UserError, match="No space left"):
         run(folder, "report")
     assert files(folder) == before and len(list(folder.iterdir())) == 2

@@ -27,14 +27,14 @@ from small_sets import (
 )
 
 from mnemos.sharding import merge
-from mnemos.sharding.index_set import index_set
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import load_manifest
-from mnemos.sharding.merge_sets import Merged, merge_sets
 from mnemos.sharding.modalities import MODALITIES
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.tokenizer import train_tokenizer
-from mnemos.sharding.verify_set import verify_set
+from mnemos.sharding.upkeep.index_set import index_set
+from mnemos.sharding.upkeep.merge_sets import Merged, merge_sets
+from mnemos.sharding.upkeep.verify_set import verify_set
 
 LATER = range(8, 14)  # samples of a second set: 8..13, other files and other patients than 0..7
 

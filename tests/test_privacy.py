@@ -28,8 +28,8 @@ from mnemos.engine.metrics_log import read_metrics
 from mnemos.engine.run_directory import RunDirectory
 from mnemos.sharding import build as build_command
 from mnemos.sharding import show, verify
+from mnemos.sharding.building.journal import Journal
 from mnemos.sharding.errors import UserError
-from mnemos.sharding.journal import Journal
 from mnemos.sharding.keys import hashed_name, key_check, open_key
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import DEFAULT_ORDER, MODALITIES

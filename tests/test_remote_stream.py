@@ -18,7 +18,7 @@ from mnemos.engine.stage_training import _requests
 from mnemos.sharding.errors import StoreError
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.reader import ShardSet
-from mnemos.sharding.storage import open_store
+from mnemos.sharding.stores.storage import open_store
 from mnemos.sharding.stream import stream
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mnemos.sharding.building.identifiers import RULES, hide_identifiers
+from mnemos.sharding.building.scrubbing import load_scrubber, mask_rare, rare_words, scrub_texts, scrub_units
 from mnemos.sharding.errors import UserError
-from mnemos.sharding.identifiers import RULES, hide_identifiers
-from mnemos.sharding.scrubbing import load_scrubber, mask_rare, rare_words, scrub_texts, scrub_units
 from mnemos.sharding.sources.units import Unit
 
 GONE = [  # text, and what is left of it

@@ -2,10 +2,10 @@
 
 from sample_files import KEY
 
+from mnemos.sharding.building.splits import assign_splits
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES
 from mnemos.sharding.sources.samples import read_unit
 from mnemos.sharding.sources.units import Unit
-from mnemos.sharding.splits import assign_splits
 
 
 def unit(name: str, group: str, split: str = "", left_out: str = "") -> Unit:

@@ -14,8 +14,8 @@ from moto.server import ThreadedMotoServer
 from remote_sets import FIRST, ONE_RANGE, SECOND, SHARDS, SIZE, cached, quick, remote, view
 
 from mnemos.sharding.errors import DataError, StoreError
-from mnemos.sharding.remote.object_process import classify
-from mnemos.sharding.storage import list_sets
+from mnemos.sharding.stores.object_process import classify
+from mnemos.sharding.stores.storage import list_sets
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])

@@ -16,11 +16,11 @@ import pytest
 from flaky_server import FlakyServer
 from remote_sets import FIRST, ONE_RANGE, SECOND, SHARDS, SIZE, cached, quick, remote, view
 
-from mnemos.sharding import cache as cache_module
 from mnemos.sharding.errors import StoreError, UserError
-from mnemos.sharding.remote import objects
-from mnemos.sharding.remote.ahead import Ahead
-from mnemos.sharding.storage import RemoteStore, default_cache_dir
+from mnemos.sharding.stores import cache as cache_module
+from mnemos.sharding.stores import objects
+from mnemos.sharding.stores.ahead import Ahead
+from mnemos.sharding.stores.storage import RemoteStore, default_cache_dir
 
 
 def shard_in_cache(store: RemoteStore, name: str) -> bool:
@@ -299,8 +299,8 @@ def test_the_reading_process_ends_with_its_parent(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from mnemos.sharding.remote import objects\n"
-        "from mnemos.sharding.storage import StoreOptions, open_store\n"
+        "from mnemos.sharding.stores import objects\n"
+        "from mnemos.sharding.stores.storage import StoreOptions, open_store\n"
         "open_store(sys.argv[1], StoreOptions(cache_dir=Path(sys.argv[2]))).exists('none')\n"
         "print(objects._process().started.pid, flush=True)\n"
         "if os.fork() == 0:\n"

@@ -8,8 +8,8 @@ import pytest
 from remote_sets import FIRST, SHARDS, SIZE, quick, remote, view
 
 from mnemos.sharding.errors import DataError, StoreError, UserError
-from mnemos.sharding.remote.transfer import Passing, persist
-from mnemos.sharding.storage import StoreOptions, as_root, open_store
+from mnemos.sharding.stores.storage import StoreOptions, as_root, open_store
+from mnemos.sharding.stores.transfer import Passing, persist
 
 
 def test_pipe_is_refused_unless_allowed(tmp_path: Path) -> None:

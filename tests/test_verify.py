@@ -17,7 +17,7 @@ from mnemos.sharding import verify
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.manifest import load_manifest, write_manifest
 from mnemos.sharding.reader import ShardSet
-from mnemos.sharding.verify_set import verify_set
+from mnemos.sharding.upkeep.verify_set import verify_set
 
 FLIPS = 150
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sample_files import head, write_nifti, write_series
 
+from mnemos.sharding.building.preprocess import recipe, recipe_centre, resample, volume_samples
 from mnemos.sharding.errors import DataError, LeftOut, UserError
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, StoredSize
-from mnemos.sharding.preprocess import recipe, recipe_centre, resample, volume_samples
 from mnemos.sharding.sources import dicom, volumes
 from mnemos.sharding.sources.units import RawVolume
 from mnemos.sharding.sources.volumes import read_nifti

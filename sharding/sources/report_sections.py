@@ -14,7 +14,7 @@ TWO VIEWS:") opens the findings. Four of our own:
 import re
 from difflib import get_close_matches
 
-from mnemos.sharding.scrubbing import MARK
+from mnemos.sharding.building.scrubbing import MARK
 from mnemos.sharding.sources.texts import clean_text
 
 _FINAL = re.compile(r"^[ \t]*FINAL REPORT[ \t]*$", re.MULTILINE)

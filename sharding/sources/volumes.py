@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mnemos.sharding.building.preprocess import volume_samples
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.modalities import Modality, StoredSize
-from mnemos.sharding.preprocess import volume_samples
 from mnemos.sharding.sample import Sample
 from mnemos.sharding.sources.nifti_file import read_nifti_file
 from mnemos.sharding.sources.source import FindOptions, Outcome, Source

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from mnemos.sharding.building.preprocess import recipe
 from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.keys import SYNTHETIC_KEY
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES
-from mnemos.sharding.preprocess import recipe
 from mnemos.sharding.sample import Sample
 from mnemos.sharding.synthetic import bodies, chests, heads, reports, studies, tiles
 from mnemos.sharding.synthetic.drawing import stream

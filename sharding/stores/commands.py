@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from mnemos.sharding.errors import UserError
-from mnemos.sharding.remote.transfer import Passing, TooBig, Unranged
-from mnemos.sharding.roots import PLACE
+from mnemos.sharding.stores.roots import PLACE
+from mnemos.sharding.stores.transfer import Passing, TooBig, Unranged
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./=+@-]*")
 CHUNK_BYTES = 1 << 20

@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mnemos.sharding.building.journal import Journal
+from mnemos.sharding.building.prepare import Preparation, Prepared, prepare_units
+from mnemos.sharding.building.splits import TAIL, num_validating
 from mnemos.sharding.encoding import Encoded
 from mnemos.sharding.errors import UserError, num_allowed_broken
-from mnemos.sharding.journal import Journal
 from mnemos.sharding.modalities import StoredSize
-from mnemos.sharding.prepare import Preparation, Prepared, prepare_units
 from mnemos.sharding.sources.units import Unit
-from mnemos.sharding.splits import TAIL, num_validating
 from mnemos.sharding.writer import ShardSetWriter
 
 

@@ -16,14 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mnemos.sharding.cache import Cache
 from mnemos.sharding.errors import DataError, StoreError, UserError
-from mnemos.sharding.remote.ahead import Ahead
-from mnemos.sharding.remote.commands import CommandReader
-from mnemos.sharding.remote.objects import ObjectReader
-from mnemos.sharding.remote.options import FIRST_RETRIES, StoreOptions
-from mnemos.sharding.remote.transfer import Gone, Passing, Reader, Refused, TooBig, fetch_whole, persist
-from mnemos.sharding.roots import (
+from mnemos.sharding.stores.ahead import Ahead
+from mnemos.sharding.stores.cache import Cache
+from mnemos.sharding.stores.commands import CommandReader
+from mnemos.sharding.stores.objects import ObjectReader
+from mnemos.sharding.stores.options import FIRST_RETRIES, StoreOptions
+from mnemos.sharding.stores.roots import (
     PIPE,
     as_root,
     checked_name,
@@ -32,6 +31,7 @@ from mnemos.sharding.roots import (
     join_root,
     local_folder,
 )
+from mnemos.sharding.stores.transfer import Gone, Passing, Reader, Refused, TooBig, fetch_whole, persist
 
 __all__ = ["Shard", "Store", "StoreOptions", "as_root", "default_cache_dir", "list_sets", "open_store"]
 

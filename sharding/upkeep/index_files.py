@@ -11,7 +11,6 @@ import numpy as np
 
 from mnemos.sharding.durable import sync_path, write_durably
 from mnemos.sharding.errors import UserError
-from mnemos.sharding.index_tar import TarScan, TarScanner, open_tar
 from mnemos.sharding.keys import hashed_name
 from mnemos.sharding.manifest import (
     IN_PLACE,
@@ -29,6 +28,7 @@ from mnemos.sharding.modalities import StoredSize
 from mnemos.sharding.sample_index import COLUMNS
 from mnemos.sharding.split_writer import FinishedShard, SplitWriter
 from mnemos.sharding.tokenizer import load_tokenizer, train_tokenizer
+from mnemos.sharding.upkeep.index_tar import TarScan, TarScanner, open_tar
 from mnemos.sharding.writer import TOKENIZER_FILE
 
 

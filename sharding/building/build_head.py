@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mnemos.sharding.journal import Head
+from mnemos.sharding.building.journal import Head
 from mnemos.sharding.keys import hashed_name, key_check
 from mnemos.sharding.sources.units import Unit
 

@@ -7,7 +7,7 @@ Every repetition but a pattern's last is bounded, so that a hostile text takes n
 
 import re
 
-from mnemos.sharding.scrubbing import MARK
+from mnemos.sharding.building.scrubbing import MARK
 
 _MOST_ROUNDS = 10  # a text of people takes two: one that changes and one that does not
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Protocol, TypeVar
 
-from mnemos.sharding.remote.options import StoreOptions
+from mnemos.sharding.stores.options import StoreOptions
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, Modality, Store
 
 # Everything heavy (numpy, Pillow, nibabel, pydicom) is imported where it is used: --help answers at once.
 if TYPE_CHECKING:
-    from mnemos.sharding.journal import Journal
+    from mnemos.sharding.building.journal import Journal
     from mnemos.sharding.manifest import Manifest
     from mnemos.sharding.sources.units import Unit
 
@@ -96,13 +96,13 @@ def build_set(options: BuildOptions) -> BuildReport:
             has a note that says how much is kept; before that nothing is left behind.
     """
     modality, size = chosen(options.modality, options.preset)
-    from mnemos.sharding.build_head import head_of
-    from mnemos.sharding.journal import Journal
+    from mnemos.sharding.building.build_head import head_of
+    from mnemos.sharding.building.journal import Journal
+    from mnemos.sharding.building.preprocess import CENTRES, recipe
+    from mnemos.sharding.building.splits import assign_splits
     from mnemos.sharding.keys import hashed_name, open_key
     from mnemos.sharding.manifest import load_manifest
-    from mnemos.sharding.preprocess import CENTRES, recipe
     from mnemos.sharding.sources.registry import sources
-    from mnemos.sharding.splits import assign_splits
     from mnemos.sharding.writer import check_new_folder
 
     if options.centre not in CENTRES:
@@ -190,7 +190,7 @@ def _scrubbed(
     options: BuildOptions, units: "list[Unit]", report: BuildReport
 ) -> "tuple[list[Unit], dict[str, str]]":
     """Take identifiers out of texts; return the units and what was done, for the recipe."""
-    from mnemos.sharding.scrubbing import scrub_units
+    from mnemos.sharding.building.scrubbing import scrub_units
     from mnemos.sharding.sources.registry import sources
 
     public = sources()[options.source].public if options.source else False
@@ -209,7 +209,7 @@ def _write(
     report: BuildReport,
 ) -> None:
     """Write what is missing of the set, and let it appear."""
-    from mnemos.sharding.build_fill import SetFiller
+    from mnemos.sharding.building.build_fill import SetFiller
     from mnemos.sharding.writer import ShardSetWriter
 
     modality, size = chosen(options.modality, options.preset)
@@ -284,7 +284,7 @@ def _values(out: Path, manifest: "Manifest | None") -> dict[str, int]:
     from math import prod
 
     from mnemos.sharding.sample_index import load_index
-    from mnemos.sharding.storage import open_store
+    from mnemos.sharding.stores.storage import open_store
 
     assert manifest is not None, "values are counted after the build"
     if manifest.kind != "text":

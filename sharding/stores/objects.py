@@ -16,8 +16,8 @@ from concurrent.futures import TimeoutError as NoAnswerError
 from pathlib import Path
 from typing import Any
 
-from mnemos.sharding.remote.object_process import longest_s
-from mnemos.sharding.remote.transfer import Gone, Passing, Refused, TooBig, Unranged
+from mnemos.sharding.stores.object_process import longest_s
+from mnemos.sharding.stores.transfer import Gone, Passing, Refused, TooBig, Unranged
 
 SETTINGS = ("AWS_", "AZURE_", "GOOGLE_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_")
 GRACE_S = 10.0  # on top of the times the process keeps itself
@@ -57,7 +57,7 @@ class _Process:
 
     def __init__(self) -> None:
         # -P: the folder a run was started in must not lend its files as modules
-        command = [sys.executable, "-P", "-m", "mnemos.sharding.remote.object_process"]
+        command = [sys.executable, "-P", "-m", "mnemos.sharding.stores.object_process"]
         self.started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self.lock = threading.Lock()
         self.number = 0

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from mnemos.sharding.building.preprocess import HOUNSFIELD_SCALE
 from mnemos.sharding.codecs import BROKEN, DECODERS, decode_ids, span_checksum
 from mnemos.sharding.descriptions import describe, payload_members
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.manifest import PAYLOADS
 from mnemos.sharding.modalities import Kind, Modality
-from mnemos.sharding.preprocess import HOUNSFIELD_SCALE
 from mnemos.sharding.reader import TEXT_BYTES
 from mnemos.sharding.tar_members import Member, Sample, TarFault, group_members, walk_tar
 

@@ -13,7 +13,7 @@ from mnemos.sharding.descriptions import describe, payload_members
 from mnemos.sharding.errors import StoreError
 from mnemos.sharding.manifest import IN_PLACE, Manifest, Shard
 from mnemos.sharding.reader import TEXT_BYTES, tokenizer_file
-from mnemos.sharding.storage import Store
+from mnemos.sharding.stores.storage import Store
 from mnemos.sharding.tar_members import Member, Sample, TarFault, group_members, walk_tar
 
 if TYPE_CHECKING:

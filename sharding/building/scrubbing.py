@@ -126,7 +126,7 @@ def load_scrubber(name: str) -> Scrubber:
     if name == NONE:
         return str
     if name == BASIC:
-        from mnemos.sharding.identifiers import hide_identifiers
+        from mnemos.sharding.building.identifiers import hide_identifiers
 
         return lambda text: hide_identifiers(unicodedata.normalize("NFC", text))
     module_name, colon, function_name = name.partition(":")
