@@ -18,7 +18,7 @@ def layer_packages(layer: str) -> list[str]:
 
 
 # data files that are part of a layer; a test compares the wheel with the tree
-DATA = ["py.typed", "*.json", "*.toml", "*.yaml", "*.sh", "*.sbatch"]
+DATA = ["py.typed", "*.json", "*.toml", "*.yaml", "*.md", "*.sh", "*.sbatch"]
 TEST = [
     "pytest>=8",
     "setuptools>=70.1",  # tests/test_packaging.py builds the wheel

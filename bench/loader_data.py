@@ -1,7 +1,7 @@
 """What bench/loader.py reads: seeded samples, stored for every loader in the form it wants.
 
 Sizes are those of the figures the bench compares with: grey 224 x 224 JPEGs of quality 75 take about 6.6 kB, RGB ones
-about 9.9 kB, volumes of 16 x 192 x 192 int16 about 402 kB as LZ4 and 408 kB as .nii.gz.
+about 9.9 kB, volumes of 16 x 192 x 192 int16 about 379 kB as LZ4 and 408 kB as .nii.gz.
 
 Shape suffixes: N samples, C channels; Z, Y, X depth, height, width.
 """

@@ -52,7 +52,7 @@ class Bench:
             samples=np.array(samples),
             places=np.array(places if places else samples, dtype=np.int64),
         )
-        return read_batch([self.shards], request)
+        return read_batch([self.shards], request).to(torch.device("cpu"))
 
     def rows(self, raw: RawBatch, phase: Phase = "pretext", training: bool = True) -> Rows:
         manifest = self.shards.manifest

@@ -17,6 +17,7 @@ from test_command_line import LAST, PYTHON, SMALL, call, errors, losses
 from mnemos.engine.stage_training import _requests
 from mnemos.sharding.errors import StoreError
 from mnemos.sharding.manifest import load_manifest
+from mnemos.sharding.modalities import DEFAULT_ORDER
 from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.stores.storage import open_store
 from mnemos.sharding.stream import stream
@@ -122,9 +123,13 @@ def test_a_run_from_a_server_is_the_run_from_the_folder(tiny_sets: Path, tmp_pat
         ledger = json.loads((tmp_path / "far" / "ledger.json").read_text())
         assert ledger["data"] == server.url
     assert losses(tmp_path / "far") == losses(tmp_path / "near")
-    done = call(PYTHON, *flags, *cache, "--data", server.url, "--run", "gone", cwd=tmp_path, expect=75)
+
+
+def test_a_store_that_fails_is_named_and_worth_another_try(tmp_path: Path) -> None:
+    with FlakyServer({}, always={f"{name}/manifest.json": "403" for name in DEFAULT_ORDER}) as server:
+        done = call(PYTHON, "--stage", LAST, "--data", server.url, *SMALL, cwd=tmp_path, expect=75)
     (error,) = errors(done)
-    assert server.url in error and "manifest.json" in error
+    assert server.url in error and "manifest.json" in error and "403" in error
 
 
 def test_an_url_without_sets_is_a_mistake(tmp_path: Path) -> None:

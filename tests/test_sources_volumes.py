@@ -223,10 +223,10 @@ def bomb(path: Path, width: int, height: int) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "no readable PNG"),
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "ends early"),
         (lambda path: path.write_bytes(b"no picture"), "no readable PNG"),
         (lambda path: bomb(path, 5000, 5000), "5000x5000"),
-        (lambda path: bomb(path, 60000, 60000), "DecompressionBomb"),
+        (lambda path: bomb(path, 60000, 60000), "60000x60000"),
         (lambda path: Image.new("L", (64, 64), 90).save(path), "16-bit"),
         (lambda path: Image.fromarray(np.zeros((32, 64), np.uint16)).save(path), "the first one"),
     ],

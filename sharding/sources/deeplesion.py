@@ -18,6 +18,7 @@ import numpy as np
 
 from mnemos.sharding.errors import DataError, UserError
 from mnemos.sharding.modalities import Modality, StoredSize
+from mnemos.sharding.sources.picture_file import check_picture
 from mnemos.sharding.sources.source import FindOptions, Outcome, Source
 from mnemos.sharding.sources.units import (
     MAX_VOXELS,
@@ -105,6 +106,7 @@ def read_slice(path: Path, *, most_pixels: int) -> tuple[tuple[int, int], np.nda
     from PIL import Image
 
     try:
+        check_picture(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our limit is the one that counts
             with Image.open(path, formats=["PNG"]) as picture:

@@ -18,6 +18,7 @@ from mnemos.sharding.sources.source import FindOptions, Source
 from mnemos.sharding.sources.units import Unit, relative_name
 
 TEST = "official test split, kept for testing"
+_LIST_BYTES = 64 << 20
 _COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
 _FILMS = ("images_0[0-9][0-9]/images/*.png", "images/*.png")
 
@@ -62,6 +63,8 @@ def _names(source: Path, name: str) -> set[str]:
     """Return the file names of a list."""
     file = source / name
     try:
+        if file.stat().st_size > _LIST_BYTES:
+            raise UserError(f"{file} is larger than any list of film names; download it again")
         return set(file.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(

@@ -5,7 +5,6 @@ portal's ``gdc_sample_sheet*.tsv`` in the input folder. Class = project (of the 
 TCGA-BRCA), group = patient: the barcode's first twelve characters.
 """
 
-import csv
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from mnemos.sharding.errors import UserError
 from mnemos.sharding.modalities import Modality
 from mnemos.sharding.sources.slides import LEAST_TISSUE, MICRONS, MOST_TILES, read_patient, require_openslide
 from mnemos.sharding.sources.source import FindOptions, Source
-from mnemos.sharding.sources.units import Unit, files_below, relative_name, root_of
+from mnemos.sharding.sources.units import Unit, files_below, read_table, relative_name, root_of, table_columns
 
 ENDING = ".svs"
 PARTIAL = ".partial"  # how gdc-client marks a download that has not ended
@@ -81,15 +80,7 @@ def _projects(slides: list[Path], root: Path) -> dict[Path, str]:
 
 def _read_sheet(sheet: Path) -> list[tuple[str, str]]:
     """Return a sample sheet's file names and projects."""
-    try:
-        with sheet.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, delimiter="\t")
-            columns = list(reader.fieldnames or [])
-            rows = [] if {_FILE, _PROJECT} - set(columns) else list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{sheet} cannot be read as a table ({error}); download the sample sheet again"
-        ) from error
+    columns = table_columns(sheet, delimiter="\t")
     if {_FILE, _PROJECT} - set(columns):
         raise UserError(
             f"{sheet} has the columns {', '.join(columns) or '(none)'}; a sample sheet has {_FILE} and {_PROJECT}: "
@@ -97,8 +88,8 @@ def _read_sheet(sheet: Path) -> list[tuple[str, str]]:
         )
     return [
         (row[_FILE].strip(), row[_PROJECT].split(",")[0].strip())
-        for row in rows
-        if row[_FILE] and row[_PROJECT]
+        for row in read_table(sheet, delimiter="\t")
+        if row.get(_FILE) and row.get(_PROJECT)
     ]
 
 

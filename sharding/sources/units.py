@@ -137,24 +137,24 @@ def describe_files(files: Iterable[Path]) -> str:
     return ", ".join(f"{number} {ending}" for ending, number in counts.most_common(4))
 
 
-def read_table(file: Path) -> Iterator[dict[str, str]]:
-    """Yield a CSV file's rows by column; the first row names the columns. A .gz file is inflated row by row.
+def read_table(file: Path, delimiter: str = ",") -> Iterator[dict[str, str]]:
+    """Yield a table's rows by column; the first row names the columns. A .gz file is inflated row by row.
 
     Raises:
         UserError: the file is not readable as CSV.
     """
     with _table_lines(file) as lines:
-        rows = csv.DictReader(lines)
+        rows = csv.DictReader(lines, delimiter=delimiter)
         _check_columns(rows.fieldnames or ())
         for row in rows:
             lines.left = ROW_CHARS
             yield {name: value for name, value in row.items() if name is not None and isinstance(value, str)}
 
 
-def table_columns(file: Path) -> list[str]:
-    """Return a CSV file's column names."""
+def table_columns(file: Path, delimiter: str = ",") -> list[str]:
+    """Return a table's column names."""
     with _table_lines(file) as lines:
-        return _check_columns(next(csv.reader(lines), []))
+        return _check_columns(next(csv.reader(lines, delimiter=delimiter), []))
 
 
 @contextmanager
