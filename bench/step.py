@@ -142,6 +142,27 @@ def checked_out(revision: str, folder: Path) -> Iterator[Path]:
         )
 
 
+def make_data(tree: Path, data: Path) -> None:
+    """Make the sample shards with a tree's own generator: their format may be another in each.
+
+    Raises:
+        UserError: it failed.
+    """
+    command = [sys.executable, "-m", "mnemos.sharding.synthetic.make", "--out", str(data)]
+    log = data.with_suffix(".log")
+    with log.open("w") as file:
+        done = subprocess.run(
+            command,
+            env=environment(tree),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+            cwd=data.parent,
+        )
+    if done.returncode:
+        raise UserError(f"{tree} cannot make its sample shards: {last_line(log)}")
+
+
 def make_run(tree: Path, data: Path, run: Path) -> None:
     """Do the stages before the last one, a few updates each, with a tree's own command.
 
@@ -175,13 +196,16 @@ def make_run(tree: Path, data: Path, run: Path) -> None:
         raise UserError(f"the revision cannot train on {data}: {last_line(log)}")
 
 
-def compare(sides: Sequence[Side], request: dict[str, Any], order: Sequence[int]) -> dict[str, list[float]]:
+def compare(
+    sides: Sequence[Side], requests: Sequence[dict[str, Any]], order: Sequence[int]
+) -> dict[str, list[float]]:
     """Return, for every window, the milliseconds on each side: the quickest of its turns.
 
     Raises:
         UserError: the trees have different windows.
     """
-    ready = [side.ask(request) for side in sides]  # one after the other: they share the cores
+    # one after the other: they share the cores
+    ready = [side.ask(request) for side, request in zip(sides, requests, strict=True)]
     if any(one != ready[0] for one in ready):
         raise UserError(
             f"{sides[0].title} trains on {ready[0]}, {sides[1].title} on {ready[1]}; compare like with like"
@@ -217,7 +241,7 @@ def _row(name: str, before: list[float], now: list[float]) -> dict[str, Any]:
     }
 
 
-def measure(revision: str, given: argparse.Namespace, data: Path) -> dict[str, list[list[float]]]:
+def measure(revision: str, given: argparse.Namespace) -> dict[str, list[list[float]]]:
     """Return, for every window, the milliseconds of all rounds on each side; every round has processes of its own."""
     found: dict[str, list[list[float]]] = {}
     with (
@@ -225,16 +249,22 @@ def measure(revision: str, given: argparse.Namespace, data: Path) -> dict[str, l
         checked_out(revision, Path(name)) as tree,
     ):
         folder = Path(name)
-        print(f"the stages before, {SHORT_RUN} updates each, at {given.against} ...", flush=True)
-        make_run(tree, data, folder / "run")
-        flags = ["--stage", stages()[-1], "--run", str(folder / "run"), "--data", str(data)]
-        request = {
-            "flags": flags,
-            "pretext": [name for name in stages()[:-1] if MODALITIES[name].kind in given.kinds],
-            "kinds": given.kinds,
-            "steps": given.steps,
-        }
         places = {given.against: tree, "the tree as it is": REPOSITORY}
+        requests = []
+        for side, (title, place) in enumerate(places.items()):
+            print(f"the stages before, {SHORT_RUN} updates each, at {title} ...", flush=True)
+            data, run = given.data or folder / f"data{side}", folder / f"run{side}"
+            if given.data is None:
+                make_data(place, data)
+            make_run(place, data, run)
+            requests.append(
+                {
+                    "flags": ["--stage", stages()[-1], "--run", str(run), "--data", str(data)],
+                    "pretext": [name for name in stages()[:-1] if MODALITIES[name].kind in given.kinds],
+                    "kinds": given.kinds,
+                    "steps": given.steps,
+                }
+            )
         for number in tqdm(range(given.rounds), desc="rounds", unit="round"):
             with ExitStack() as stack:
                 sides = [
@@ -242,7 +272,7 @@ def measure(revision: str, given: argparse.Namespace, data: Path) -> dict[str, l
                     for side, (title, place) in enumerate(places.items())
                 ]
                 order = TURNS if number % 2 == 0 else [1 - side for side in TURNS]
-                for window, times in compare(sides, request, order).items():
+                for window, times in compare(sides, requests, order).items():
                     for before, one in zip(found.setdefault(window, [[], []]), times, strict=True):
                         before.append(one)
     return found
@@ -258,13 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(given, name) < 1:
                 raise UserError(f"--{name} {getattr(given, name)}: nothing would be measured; give 1 or more")
         revision = git("rev-parse", "--verify", "--quiet", f"{given.against}^{{commit}}")
-        data = given.data.resolve()
-        if not data.exists():
-            from mnemos.sharding.synthetic.make import make_sample_shards
-
-            print(f"making the sample shards under {data} (once)", flush=True)
-            make_sample_shards(data)
-        found = measure(revision, given, data)
+        given.data = given.data and given.data.resolve()
+        found = measure(revision, given)
         rows, ratio = summary(found)
         columns = {"kind": "kind", "phase": "phase", "before": given.against, "now": "now", "ratio": "ratio"}
         print(f"ms an update, median of {given.rounds} rounds, {given.steps} updates a window")
@@ -291,8 +316,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--data",
         type=Path,
-        default=REPOSITORY / "data_shards" / "sample",
-        help="folder of the sample shards; made at first use (data_shards/sample)",
+        help="folder of sample shards that both revisions read (default: each makes its own)",
     )
     return parser
 

@@ -54,7 +54,7 @@ class Answers:
 def test_sides_take_turns_and_the_quicker_counts() -> None:
     asked: list[str] = []
     sides = [Answers("A", asked, [0.002, 0.001]), Answers("B", asked, [0.003, 0.004])]
-    found = step.compare(sides, {}, (0, 1, 1, 0))  # type: ignore[arg-type]
+    found = step.compare(sides, [{}, {}], (0, 1, 1, 0))  # type: ignore[arg-type]
     assert asked == ["A", "B", "B", "A"] and found == {"text pretext": [1.0, 3.0]}
 
 
