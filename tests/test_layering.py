@@ -26,6 +26,7 @@ NAMES_MODALITIES = (
     Path("sharding/modalities.py"),
     Path("sharding/synthetic"),
 )  # the generators draw each one
+BRINGS = {"cv2": "opencv-python-headless"}  # where the names differ
 TEXT_SUFFIXES = {".py", ".toml", ".md", ".json", ".yaml", ".yml", ".sh", ".sbatch", ".cfg", ""}
 # written in halves, so that this file passes its own rule
 REGISTRY_HOSTS = tuple(
@@ -132,7 +133,7 @@ def test_imported_packages_are_required(path: Path) -> None:
         if root in sys.stdlib_module_names or root == "mnemos":
             continue
         # an extra that is not installed here is known by its name alone: cupy-cuda13x brings cupy
-        found = {provider.lower() for provider in installed().get(root, ())} or {root}
+        found = {provider.lower() for provider in installed().get(root, ())} or {BRINGS.get(root, root)}
         assert any(need in found or need.startswith(f"{root}-cu") for need in required), (
             f"{relative(path)}:{line}: {name} comes with {sorted(found)}, which setup.py does not require"
         )
