@@ -25,6 +25,7 @@ TEST = [
     "hypothesis>=6.100",
     "moto[s3,server]>=5.1",  # an S3 of our own
     "tifffile>=2026.2",  # writes slides
+    "opencv-python-headless>=4.10",  # of a peer in bench/loader.py
 ]
 
 setup(
