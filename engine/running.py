@@ -27,7 +27,8 @@ from mnemos.engine.parallel import computes_in_bf16
 from mnemos.engine.plain_table import format_table
 from mnemos.engine.run_directory import RunDirectory
 from mnemos.engine.slots import CURRENT
-from mnemos.engine.stage_training import StageTraining, encoder_shape
+from mnemos.engine.stage_model import encoder_shape
+from mnemos.engine.stage_training import StageTraining
 from mnemos.engine.stopping import BadNumbers, Stopped
 from mnemos.kernels.attention import attention
 from mnemos.kernels.packing import Packing

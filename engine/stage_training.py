@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from mnemos.engine import dist
 from mnemos.engine.checkpoints import remove_checkpoints, restore_checkpoint, save_checkpoint
 from mnemos.engine.curriculum import Plan, Stage
-from mnemos.engine.encoder import Encoder, EncoderShape
+from mnemos.engine.encoder import Encoder
 from mnemos.engine.estimates import choose_micro_batch, free_memory
 from mnemos.engine.metrics_log import MetricsLog
 from mnemos.engine.objectives import Pretrainer, encode, local_count, visible_patches
@@ -26,66 +25,17 @@ from mnemos.engine.progress import Progress
 from mnemos.engine.run_directory import write_atomically
 from mnemos.engine.showing import show_predictions
 from mnemos.engine.slots import CURRENT, Schedule, learning_rate, micro_batches, rank_rows
+from mnemos.engine.stage_model import encoder_shape, make_model, text_tokenizer
 from mnemos.engine.stopping import BadNumbers, StopFlag, Stopped
 from mnemos.engine.validation import Validation
-from mnemos.engine.weights import modality_record, read_weights, save_encoder
-from mnemos.kernels.counter_rng import stream_key
+from mnemos.engine.weights import modality_record, save_encoder
 from mnemos.sharding.bad_samples import BadSamples
-from mnemos.sharding.modalities import STORED_SIZES
-from mnemos.sharding.reader import ShardSet, tokenizer_file
-from mnemos.sharding.stores.storage import open_store
+from mnemos.sharding.reader import ShardSet
 from mnemos.sharding.stream import RawBatch, Request, stream
 from mnemos.sharding.tokenizer import load_tokenizer, starts_word
 
 CHECKPOINTS = "checkpoints"
 SKIPPED = "skipped.jsonl"
-OFFICIAL_VOCAB = 49_411  # rows of the authors' word table, whatever the tokenizer
-
-
-def encoder_shape(plan: Plan) -> EncoderShape:
-    """Return the encoder's shape: sizes from the settings, the vocabulary from the texts among the plan's stages."""
-    model, stored = plan.settings.model, STORED_SIZES[plan.settings.preset]
-    (rows, columns), (depth, height, width) = stored.image, stored.volume
-    tokenizers = [stage.manifest.tokenizer for stage in plan.stages if stage.manifest.tokenizer is not None]
-    return EncoderShape(
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        ffn=model.ffn,
-        layer_scale=model.layer_scale,
-        drop_path=model.drop_path,
-        image_patch=model.image_patch,
-        volume_patch=model.volume_patch,
-        image_grid=(rows // model.image_patch, columns // model.image_patch),
-        volume_grid=(depth // model.volume_patch, height // model.volume_patch, width // model.volume_patch),
-        vocab=OFFICIAL_VOCAB if model.official else tokenizers[0].vocab_size if tokenizers else 0,
-        text_positions=model.text_positions,
-        official=model.official,
-    )
-
-
-def make_model(plan: Plan, stage: Stage, shape: EncoderShape) -> Pretrainer:
-    """Return the stage's model: the encoder of the stage before, everything else fresh, the same on every rank."""
-    torch.manual_seed(stream_key(plan.settings.training.seed, stage.name, "weights") % (1 << 63))
-    training = plan.settings.training
-    encoder = Encoder(shape, recompute=training.recompute, attention=training.attention)
-    model = Pretrainer(encoder, plan.settings)
-    if stage.number > 1:
-        weights = read_weights(plan.stages[stage.number - 2].directory)
-        missing, unexpected = model.encoder.load_state_dict(weights, strict=False)
-        foreign = [name for name in missing if not name.startswith("tokenizers.")]
-        assert not foreign and not unexpected, (
-            f"weights of the stage before do not fit: {foreign} {unexpected}"
-        )
-    return model
-
-
-def text_tokenizer(plan: Plan) -> Path | None:
-    """Return the tokenizer file of the texts among the plan's stages."""
-    for stage in plan.stages:
-        if stage.manifest.tokenizer is not None:
-            return tokenizer_file(open_store(stage.data or stage.buffer, plan.store), stage.manifest)
-    return None
 
 
 class StageTraining:

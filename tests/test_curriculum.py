@@ -12,7 +12,8 @@ from tiny_data import make_tiny_sets
 
 from mnemos.engine import curriculum
 from mnemos.engine.arguments import Arguments
-from mnemos.engine.curriculum import Plan, find_shard_sets, make_plan
+from mnemos.engine.curriculum import Plan, make_plan
+from mnemos.engine.data_root import find_shard_sets
 from mnemos.engine.run_directory import CARD, CONFIG, LEDGER, WEIGHTS, RunDirectory
 from mnemos.engine.settings import resolve
 from mnemos.sharding.errors import UserError

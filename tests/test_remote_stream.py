@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flaky_server import FlakyServer
-from moto.server import ThreadedMotoServer
 from numbered_sets import STEPS, schedule_of, write_numbered
 from remote_sets import quick
+from s3_double import s3_bucket
 from test_command_line import LAST, PYTHON, SMALL, call, errors, losses
 
 from mnemos.engine.stage_training import _requests
@@ -83,27 +83,10 @@ def test_the_wrong_shard_in_the_right_place_is_noticed(folder: Path, tmp_path: P
 
 @pytest.fixture(scope="module")
 def bucket(folder: Path) -> Iterator[str]:
-    """Yield the root of a bucket of moto's server that holds the set."""
-    import boto3
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3", region_name="us-east-1")
-        client.create_bucket(Bucket="sets")
-        for path in (path for path in folder.rglob("*") if path.is_file()):
-            client.upload_file(str(path), "sets", str(path.relative_to(folder)))
-        yield "s3://sets"
-    server.stop()
+    """Yield the root of a bucket that holds the set."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with s3_bucket("sets", files) as root:
+        yield root
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from flaky_server import FlakyServer
-from moto.server import ThreadedMotoServer
 from remote_sets import FIRST, ONE_RANGE, SECOND, SHARDS, SIZE, cached, quick, remote, view
+from s3_double import SECRET, s3_bucket
 
 from mnemos.sharding.errors import DataError, StoreError
 from mnemos.sharding.stores.object_process import classify
@@ -174,33 +174,12 @@ def test_list_sets_tries_names(tmp_path: Path) -> None:
     }
 
 
-SECRET = "word-nobody-may-see"
-
-
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """Yield the root of a bucket with the shards; the environment points to moto's server."""
-    import boto3
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3", region_name="us-east-1")
-        client.create_bucket(Bucket="shard-sets")
-        for name, content in SHARDS.items():
-            client.put_object(Bucket="shard-sets", Key=f"chest/{name}", Body=content)
-        client.put_object(Bucket="shard-sets", Key="chest/manifest.json", Body=b"{}")
-        yield "s3://shard-sets/chest"
-    server.stop()
+    """Yield the root of a bucket with the shards."""
+    files = {f"chest/{name}": content for name, content in SHARDS.items()}
+    with s3_bucket("shard-sets", {**files, "chest/manifest.json": b"{}"}) as root:
+        yield f"{root}/chest"
 
 
 def test_s3_delivers_every_shard(bucket: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mnemos.engine.curriculum import find_shard_sets
+from mnemos.engine.data_root import find_shard_sets
 from mnemos.engine.settings import Settings, parse_assignment, resolve
 from mnemos.sharding.manifest import load_manifest
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, Modality
@@ -146,7 +146,7 @@ def tiny_settings(**overrides: object) -> Settings:
 
 def shape_of(settings: Settings, sets: Path | None = None) -> "EncoderShape":
     """Return the encoder's shape under some settings, with the texts of `sets` where given."""
-    from mnemos.engine.stage_training import encoder_shape
+    from mnemos.engine.stage_model import encoder_shape
 
     manifests = [load_manifest(path) for path in find_shard_sets(sets).values()] if sets else []
     stages = [SimpleNamespace(manifest=manifest) for manifest in manifests]

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mnemos.sharding.durable import sync_path
+
 LOCK, PART = ".lock", ".part"
 ROOM = "room"  # whoever has its lock may count, evict and reserve
 POLL_S = 0.05
@@ -73,7 +75,7 @@ class Cache:
             try:
                 self._reserve(part, size)
                 fetch(part)
-                _sync(part)
+                sync_path(part)  # after a power cut its length must not stand for bytes that never came
                 view = _map_file(part, size)
                 if view is None:
                     raise OSError(f"{part} lost its length while it was written")
@@ -131,15 +133,6 @@ def _map_file(path: Path, size: int) -> memoryview | None:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError:
         return None
-
-
-def _sync(path: Path) -> None:
-    # the length alone tells a whole copy: after a power cut it must not stand for bytes that never came
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _sweep(part: Path) -> bool:

@@ -10,11 +10,11 @@ from tqdm import tqdm
 from mnemos.sharding.building.build_set import chosen
 from mnemos.sharding.building.splits import num_validating
 from mnemos.sharding.errors import DataError, UserError, num_allowed_broken
+from mnemos.sharding.in_processes import map_in_processes, num_workers
 from mnemos.sharding.keys import hashed_name, open_key
 from mnemos.sharding.manifest import MANIFEST_FILE, PAYLOADS, SPLITS, Manifest, check_name
 from mnemos.sharding.modalities import Modality
 from mnemos.sharding.tokenizer import load_tokenizer
-from mnemos.sharding.upkeep.in_processes import map_in_processes, num_workers
 from mnemos.sharding.upkeep.index_files import write_index
 from mnemos.sharding.upkeep.index_tar import PLAIN_HINT, TarScan, TarScanner, find_payload
 from mnemos.sharding.writer import TOKENIZER_FILE

@@ -10,13 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mnemos.sharding.errors import DataError, UserError
+from mnemos.sharding.in_processes import map_in_processes, num_workers
 from mnemos.sharding.manifest import INDEX_FILE, MANIFEST_FILE, SPLITS, Manifest, read_manifest
 from mnemos.sharding.reader import tokenizer_file
 from mnemos.sharding.sample_index import COLUMNS, load_index
 from mnemos.sharding.stores.storage import Store, StoreOptions, open_store
 from mnemos.sharding.tokenizer import load_tokenizer
 from mnemos.sharding.upkeep.check_shard import Fault, ShardChecker, ShardJob
-from mnemos.sharding.upkeep.in_processes import map_in_processes, num_workers
 
 Index = dict[str, np.ndarray]
 

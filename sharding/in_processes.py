@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
@@ -44,7 +46,7 @@ def map_in_processes(
         try:
             for job in jobs:
                 waiting.append(pool.submit(_work, job))
-                if len(waiting) >= 2 * workers:  # enough to keep all busy
+                if len(waiting) >= 3 * workers:  # enough to keep all busy, few enough for memory
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -57,9 +59,18 @@ def map_in_processes(
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
+    """Start a process: Ctrl-C is for the one who started the work, and one that was killed takes it along."""
     global _function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who started the work
     _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work(job: Any) -> Any:
