@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sample_files import head, write_nifti, write_series
 
+from mnemos.sharding.building import preprocess
 from mnemos.sharding.building.preprocess import recipe, recipe_centre, resample, volume_samples
 from mnemos.sharding.errors import DataError, LeftOut, UserError
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, StoredSize
@@ -283,3 +284,29 @@ def test_dicom_and_nifti_of_one_volume_agree(tmp_path):
     nifti = volumes.read_nifti(path)
     np.testing.assert_array_equal(series.values_ZYX, nifti.values_ZYX)
     np.testing.assert_allclose(series.spacing_mm, nifti.spacing_mm)
+
+
+@pytest.mark.parametrize("to_mm", [(1.0, 1.0, 1.0), (4.0, 3.0, 3.0), (2.5, 4.9, 4.7)])
+@pytest.mark.parametrize("keep", [(None, 24, 25), (7, None, 3), (None, 500, 500)])
+def test_what_is_kept_is_what_a_cut_of_the_whole_would_be(to_mm, keep):
+    values_ZYX = np.random.default_rng(3).normal(size=(18, 41, 40)).astype(np.float32)
+    whole_ZYX = preprocess.resample(values_ZYX, (2.5, 4.9, 4.7), to_mm)
+    middle = []
+    for have, most in zip(whole_ZYX.shape, keep, strict=True):
+        kept = have if most is None else min(have, most)
+        middle.append(slice((have - kept) // 2, (have - kept) // 2 + kept))
+    kept_ZYX = preprocess.resample(values_ZYX, (2.5, 4.9, 4.7), to_mm, keep)
+    np.testing.assert_array_equal(kept_ZYX, whole_ZYX[tuple(middle)])
+
+
+def test_a_wide_plane_is_not_made_to_be_cut_off(monkeypatch):
+    """128 x 128 voxels of 4.9 mm are 627 x 627 of 1 mm, of which 192 x 192 are stored."""
+    made = []
+    axis = preprocess._resample_axis
+    monkeypatch.setattr(preprocess, "_resample_axis", lambda *given: made.append(axis(*given)) or made[-1])
+    values_ZYX = np.full((24, 128, 128), 40, np.float32)
+    values_ZYX[:, :, :8] = -1000
+    raw = RawVolume(values_ZYX=values_ZYX, spacing_mm=(1.0, 4.9, 4.9))
+    kept, _ = volume_samples(raw, MODALITIES["ct"], STORED_SIZES["base"])
+    assert kept[0].values_ZYX.shape == (16, 192, 192)
+    assert max(volume.size for volume in made) <= 24 * 192 * 192

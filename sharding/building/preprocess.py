@@ -9,6 +9,7 @@ The steps of the paper (Ye et al., CVPR 2024). Where ours depart from the author
 - nearly empty sub-volumes are dropped.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,23 +66,25 @@ def volume_samples(
     """
     if centre not in CENTRES:
         raise UserError(f"centre {centre!r} is unknown; choose one of {', '.join(CENTRES)}")
-    # Cut what is not kept before resampling, which may make fifty times as many voxels of it.
+    # What is not kept is not resampled, which may make a hundred times as many voxels of it.
     values_ZYX = raw.values_ZYX
+    depth, height, width = size.volume
+    keep = (None, height, width) if centre == "volume" else (None, None, None)
     if modality.values == "hounsfield":
         lowest = float(values_ZYX.min())
         if lowest > LEAST_HOUNSFIELD:
             raise DataError(f"its lowest value is {lowest:g}: without air its values are no Hounsfield units")
         if max(values_ZYX.shape[axis] * raw.spacing_mm[axis] for axis in (1, 2)) > WIDE_MM:
             values_ZYX = _middle(_middle(values_ZYX, 1, WIDE_KEEP), 2, WIDE_KEEP)
-        values_ZYX = resample(np.clip(values_ZYX, *HOUNSFIELD), raw.spacing_mm, size.spacing_mm)
+        values_ZYX = resample(np.clip(values_ZYX, *HOUNSFIELD), raw.spacing_mm, size.spacing_mm, keep)
         least, body = float(HOUNSFIELD[0]), BODY_HOUNSFIELD
     else:
-        values_ZYX = resample(_middle(values_ZYX, 0, MIDDLE_SLICES), raw.spacing_mm, size.spacing_mm)
+        values_ZYX = _middle(values_ZYX, 0, MIDDLE_SLICES)
         least, highest = (float(value) for value in np.percentile(values_ZYX, CLIP_PERCENTILES))
         if not highest > least:
             raise DataError("all its voxels have one value")
         body = least + BODY_SHARE * (highest - least)
-    depth, height, width = size.volume
+        values_ZYX = resample(values_ZYX, raw.spacing_mm, size.spacing_mm, keep)
     kept, windows = [], _windows(values_ZYX, depth, _stride(modality, size), least)
     for window_ZYX in windows:
         body_ZYX = window_ZYX > body if centre == "body" else None
@@ -94,7 +97,12 @@ def volume_samples(
     return kept, len(windows) - len(kept)
 
 
-def resample(values_ZYX: np.ndarray, from_mm: tuple[float, ...], to_mm: tuple[float, ...]) -> np.ndarray:
+def resample(
+    values_ZYX: np.ndarray,
+    from_mm: tuple[float, ...],
+    to_mm: tuple[float, ...],
+    keep: tuple[int | None, ...] = (None, None, None),
+) -> np.ndarray:
     """Resample to another spacing; both grids share their centre and the spacing is met exactly.
 
     Linear between voxels; where an axis shrinks the triangle is as wide as the new voxel, which is the
@@ -104,17 +112,20 @@ def resample(values_ZYX: np.ndarray, from_mm: tuple[float, ...], to_mm: tuple[fl
     Args:
         values_ZYX: float32.
         from_mm, to_mm: (Z, Y, X) millimetres a voxel.
+        keep: most voxels of the result along each axis, those in its middle; None: all.
 
     Returns:
-        float32, round(extent / to_mm) voxels (at least one) along each axis.
+        float32, round(extent / to_mm) voxels (at least one) along each axis, or those kept of them: the same as if
+        all had been made and the rest cut off.
     """
     sizes = [max(1, round(n * a / b)) for n, a, b in zip(values_ZYX.shape, from_mm, to_mm, strict=True)]
-    if int(np.prod(sizes, dtype=object)) > MAX_VOXELS:
-        raise DataError(f"it would have {'x'.join(map(str, sizes))} voxels at {to_mm} mm, more than 2 GiB")
+    kept = [size if most is None else min(size, most) for size, most in zip(sizes, keep, strict=True)]
+    if math.prod(kept) > MAX_VOXELS:
+        raise DataError(f"it would have {'x'.join(map(str, kept))} voxels at {to_mm} mm, more than 2 GiB")
     steps = [b / a for a, b in zip(from_mm, to_mm, strict=True)]
     for axis in np.argsort(steps)[::-1]:  # shrink first: later axes then have less to do
-        if steps[axis] != 1:
-            values_ZYX = _resample_axis(values_ZYX, int(axis), steps[axis], sizes[axis])
+        if steps[axis] != 1 or kept[axis] < sizes[axis]:
+            values_ZYX = _resample_axis(values_ZYX, int(axis), steps[axis], sizes[axis], kept[axis])
     return values_ZYX
 
 
@@ -175,11 +186,11 @@ def _span(depth: int, stride: int) -> int:
     return max(depth, 2 * stride)
 
 
-def _resample_axis(values: np.ndarray, axis: int, step: float, size: int) -> np.ndarray:
-    """Resample one axis; ``step`` old voxels a new voxel."""
-    old = values.shape[axis]
+def _resample_axis(values: np.ndarray, axis: int, step: float, size: int, kept: int) -> np.ndarray:
+    """Resample one axis to ``size`` voxels of ``step`` old ones each, and return the ``kept`` in the middle."""
+    old, first = values.shape[axis], (size - kept) // 2
     # Centres of the new voxels in old voxel numbers, both grids around one centre.
-    centres = (np.arange(size) - (size - 1) / 2) * step + (old - 1) / 2
+    centres = (np.arange(first, first + kept) - (size - 1) / 2) * step + (old - 1) / 2
     reach = max(1.0, step)
     taps = np.arange(int(np.ceil(2 * reach)) + 1)
     places = np.floor(centres - reach).astype(np.int64)[:, None] + taps
@@ -187,8 +198,8 @@ def _resample_axis(values: np.ndarray, axis: int, step: float, size: int) -> np.
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
     places = np.clip(places, 0, old - 1)
     along = [1] * values.ndim
-    along[axis] = size
-    result = np.zeros([*values.shape[:axis], size, *values.shape[axis + 1 :]], dtype=np.float32)
+    along[axis] = kept
+    result = np.zeros([*values.shape[:axis], kept, *values.shape[axis + 1 :]], dtype=np.float32)
     for tap in taps:
         if weights[:, tap].any():
             result += weights[:, tap].reshape(along) * np.take(values, places[:, tap], axis=axis)
