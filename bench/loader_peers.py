@@ -13,6 +13,7 @@ Shape suffixes: B samples, C channels; Z, Y, X depth, height, width.
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _tars(data: Data) -> Any:
     return webdataset.WebDataset(data.urls, shardshuffle=False).repeat()
 
 
-class WholeBatches(Dataset[Any]):
+class WholeBatches(Dataset[Any], ABC):
     """Every item is a batch, as in the authors' loader; plain ones hold the files in order, without augmentation."""
 
     def __init__(self, files: Sequence[Path], batch: int, shape: tuple[int, ...], plain: bool) -> None:
@@ -134,13 +135,13 @@ class WholeBatches(Dataset[Any]):
             return self.make([self.files[(first + row) % len(self.files)] for row in range(self.batch)])
         return self.make(np.random.choice(self.files, self.batch).tolist())
 
+    @abstractmethod
     def allocate(self) -> Any:
         """Return the memory of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, files: list[str]) -> Any:
         """Read the files of one batch."""
-        raise NotImplementedError
 
 
 class AuthorsImages(WholeBatches):
