@@ -36,6 +36,9 @@ from mnemos.sharding.command import BAD_DATA, TRY_AGAIN, USER_MISTAKE
 from mnemos.sharding.errors import DataError, StoreError, UserError
 
 
+_PATIENCE_S = 5.0
+
+
 def run_plan(plan: Plan) -> int:
     """Do the plan on all ranks and return the exit code; collective."""
     dist.meet(plan.settings.parallel.timeout_s)
@@ -261,5 +264,8 @@ def _fixed(value: float | None, digits: int = 3) -> str | None:
 
 
 def _tell(message: str) -> None:
+    """Print a message on rank 0; the others give it time, because a launcher ends all ranks when the first one leaves."""
     if dist.is_main():
         print(" ".join(message.split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(_PATIENCE_S)

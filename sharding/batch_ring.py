@@ -84,8 +84,9 @@ class BatchRing:
         return torch.from_numpy(view)  # keeps this very array alive
 
     def close(self) -> None:
-        """Tell the readers, in all processes, that nobody takes batches any more."""
-        self._closed[0] = 1
+        """Tell the readers, in all processes, that nobody takes batches any more; only its maker can."""
+        if os.getpid() == self._owner:  # not a copy in a forked reader
+            self._closed[0] = 1
 
     @property
     def closed(self) -> bool:
