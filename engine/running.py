@@ -35,8 +35,7 @@ from mnemos.kernels.packing import Packing
 from mnemos.sharding.command import BAD_DATA, TRY_AGAIN, USER_MISTAKE
 from mnemos.sharding.errors import DataError, StoreError, UserError
 
-
-_PATIENCE_S = 5.0
+_PATIENCE_S = 5.0  # of other ranks, while rank 0 tells
 
 
 def run_plan(plan: Plan) -> int:
