@@ -46,10 +46,8 @@ class BatchRing:
         self.slots, self.slot_bytes = slots, max(_PAGE, -(-slot_bytes // _PAGE) * _PAGE)
         self._memory = mmap.mmap(-1, slots * self.slot_bytes)
         shared = np.frombuffer(mmap.mmap(-1, (slots + 1) * 8), dtype=np.int64)
-        self._released, self._closed = (
-            shared[:slots],
-            shared[slots:],
-        )  # times each slot was set free; 1 at the end
+        self._released = shared[:slots]  # times each slot was set free
+        self._closed = shared[slots:]  # one number: 1 at the end
         self._owner, self._held = os.getpid(), 0
         _open_rings.add(self)
         if pin:

@@ -3,7 +3,7 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -18,6 +18,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the complaint with where to read on."""
         raise UserError(f"{message}; `{self.prog} --help` shows the command with examples")
+
+
+def check_ranges(shares: Mapping[str, float], workers: int) -> None:
+    """Raise UserError for a share outside 0 to below 1, by its flag, or a negative number of --workers."""
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name} is {value:g}; a share from 0 to below 1 is allowed")
+    if workers < 0:
+        raise UserError(f"--workers is {workers}; 0 (one per core) or more is allowed")
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

@@ -502,17 +502,19 @@ def test_a_mistake_is_one_sentence(name: str, tiny_sets: Path, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["unknown stage", "DeepSpeed file with an unknown key"])
 def test_a_mistake_is_one_sentence_with_two_ranks(name: str, tiny_sets: Path, tmp_path: Path) -> None:
     prepare, words = MISTAKES[name]
-    refused(deepspeed_command(TRAIN, ranks=2), prepare, words, tmp_path, tiny_sets)
+    printed = refused(deepspeed_command(TRAIN, ranks=2), prepare, words, tmp_path, tiny_sets)
+    assert printed.count("error: ") == 1, "both ranks meet it, one tells"
 
 
 def test_a_batch_must_divide_over_the_ranks(tiny_sets: Path, tmp_path: Path) -> None:
-    refused(
+    printed = refused(
         deepspeed_command(TRAIN, ranks=2),
         plain("--set", "training.batch=9"),
         ["training.batch=9", "2 ranks"],
         tmp_path,
         tiny_sets,
     )
+    assert printed.count("error: ") == 1
 
 
 def test_a_port_that_is_taken_is_named(tiny_sets: Path, tmp_path: Path) -> None:

@@ -126,6 +126,21 @@ def test_a_damaged_tokenizer_is_told_in_one_sentence(tmp_path, workers):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_in_own_texts_does_not_enter_the_vocabulary(tmp_path):
+    """One patient's reports name them a dozen times: enough for a merge of its own, if patients were not counted."""
+    members = {}
+    for number in range(60):
+        words = " Quodlibetius said so" if number < 12 else ""
+        members[f"{number}.txt"] = (text(number) + words).encode()
+        group = "one" if number < 12 else f"other-{number}"
+        members[f"{number}.json"] = json.dumps({"group": group}).encode()
+    folder = tmp_path / "tars"
+    write_tar(folder / "a.tar", members)
+    run(folder, "report", val_fraction=0.0)
+    vocabulary = load_tokenizer(folder / "tokenizer.json").get_vocab()
+    assert "\u0120pneumothorax" in vocabulary and not [piece for piece in vocabulary if "quod" in piece]
+
+
 def test_stored_payloads_ours_among_them(tmp_path):
     folder = tmp_path / "vol"
     write_tar(folder / "a.tar", {f"{n}.vol": encode_volume(array("vol", n)) for n in range(4)})

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnemos.sharding.command import check_ranges
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.modalities import MODALITIES, STORED_SIZES, Modality, StoredSize
 
@@ -48,11 +49,7 @@ class BuildOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("--val-fraction", self.val_fraction), ("--max-broken", self.max_broken)):
-            if not 0 <= value < 1:
-                raise UserError(f"{name} is {value:g}; a share from 0 to below 1 is allowed")
-        if self.workers < 0:
-            raise UserError(f"--workers is {self.workers}; 0 (one per core) or more is allowed")
+        check_ranges({"--val-fraction": self.val_fraction, "--max-broken": self.max_broken}, self.workers)
         if not 0 < self.shard_mb <= 1 << 20:
             raise UserError(f"--shard-mb is {self.shard_mb:g}; more than 0 and at most {1 << 20} is allowed")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mnemos.sharding.building.scrubbing import scrub_texts
 from mnemos.sharding.durable import sync_path, write_durably
 from mnemos.sharding.errors import UserError
 from mnemos.sharding.keys import hashed_name
@@ -138,20 +139,25 @@ def _shard(
 def _put_tokenizer(
     partial: Path, scanner: TarScanner, size: StoredSize, scans: list[TarScan], given: Path | None
 ) -> TokenizerFile | None:
-    """Store the given tokenizer of texts, or train one on the training texts."""
+    """Store the given tokenizer of texts, or train one on the training texts, identifiers taken out.
+
+    The texts stay as they are in the user's tars; the vocabulary travels with every encoder, so it learns no names.
+    """
     if scanner.modality.kind != "text":
         return None
     target = partial / TOKENIZER_FILE
     if given is not None:
         write_durably(target, given.read_bytes())
     else:
-        texts = []
+        texts = []  # with their groups
         for scan in scans:
             tar = open_tar(scan.path)
             for sample, split in zip(scan.samples, scan.splits, strict=True):
                 if split == SPLITS[0]:
-                    texts.append(bytes(tar[sample.offset : sample.offset + sample.size]).decode("utf-8"))
-        write_durably(target, train_tokenizer(sorted(texts), size.vocab).to_str(pretty=True).encode())
+                    text = bytes(tar[sample.offset : sample.offset + sample.size]).decode("utf-8")
+                    texts.append((text, sample.group or sample.key))
+        tokenizer = train_tokenizer(sorted(scrub_texts(texts).texts), size.vocab)
+        write_durably(target, tokenizer.to_str(pretty=True).encode())
     vocab_size = load_tokenizer(target).get_vocab_size()
     return TokenizerFile(file=TOKENIZER_FILE, sha256=file_sha256(target), vocab_size=vocab_size)
 

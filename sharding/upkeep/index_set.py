@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from mnemos.sharding.building.build_set import chosen
 from mnemos.sharding.building.splits import num_validating
+from mnemos.sharding.command import check_ranges
 from mnemos.sharding.errors import DataError, UserError, num_allowed_broken
 from mnemos.sharding.in_processes import map_in_processes, num_workers
 from mnemos.sharding.keys import hashed_name, open_key
@@ -40,11 +41,7 @@ class IndexOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("--val-fraction", self.val_fraction), ("--max-broken", self.max_broken)):
-            if not 0 <= value < 1:
-                raise UserError(f"{name} is {value:g}; a share from 0 to below 1 is allowed")
-        if self.workers < 0:
-            raise UserError(f"--workers is {self.workers}; 0 (one per core) or more is allowed")
+        check_ranges({"--val-fraction": self.val_fraction, "--max-broken": self.max_broken}, self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
