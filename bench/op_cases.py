@@ -21,12 +21,6 @@ from mnemos.bench.cluster_cases import CLUSTER_OPS
 from mnemos.bench.op_entry import Launch, Op, size
 from mnemos.bench.op_inputs import PATCH, PRESETS, RAW, Arguments, Make
 from mnemos.kernels._common.loss_gradient import launch_scale_gradient
-from mnemos.kernels.assemble_decoder_tokens import (
-    assemble_decoder_tokens,
-    assemble_decoder_tokens_reference,
-    launch_assemble_decoder_tokens,
-    launch_assemble_decoder_tokens_backward,
-)
 from mnemos.kernels.counter_rng import stream_key
 from mnemos.kernels.feature_mse import feature_mse, feature_mse_reference, launch_feature_mse
 from mnemos.kernels.gather_patches import gather_patches, gather_patches_reference, launch_gather_patches
@@ -52,6 +46,12 @@ from mnemos.kernels.masked_patch_mse import (
     launch_masked_patch_mse,
     masked_patch_mse,
     masked_patch_mse_reference,
+)
+from mnemos.kernels.place_tokens import (
+    launch_place_tokens,
+    launch_place_tokens_backward,
+    place_tokens,
+    place_tokens_reference,
 )
 from mnemos.kernels.random_patch_ids import (
     launch_random_patch_ids,
@@ -157,7 +157,7 @@ def loss_launches(launch: Callable[..., Any]) -> Callable[[Arguments], Iterator[
     return launches
 
 
-# ---- gather_tokens, assemble_decoder_tokens
+# ---- gather_tokens
 def chosen_bytes(a: Arguments) -> int:
     """Bytes of the rows chosen."""
     return int(a["ids"].numel()) * a["x"].shape[-1] * a["x"].element_size()
@@ -169,17 +169,19 @@ def rows_launches(a: Arguments) -> Iterator[Launch]:
     yield "backward", partial(launch_gather_tokens_backward, grad_BKD, a["ids"], a["x"].shape[1])
 
 
-def sequence_bytes(a: Arguments) -> int:
-    """Bytes of the sequences the decoder sees."""
-    return len(a["tokens"]) * size(a["positions"])
+# ---- place_tokens
+def placed_bytes(a: Arguments) -> int:
+    """Bytes of the sequences the decoder sees: of every sample its prefix and all places."""
+    (B, tokens, D), (L, K) = a["tokens"].shape, (len(a["table"]), a["visible"].shape[1])
+    return int(B * (tokens - K + L) * D) * a["tokens"].element_size()
 
 
-def assemble_launches(a: Arguments) -> Iterator[Launch]:
-    yield "forward", partial(launch_assemble_decoder_tokens, *(*a.values(), 1))
-    grad_BLD = a["tokens"].new_empty(len(a["tokens"]), *a["positions"].shape)
-    for learned, suffix in ((False, ""), (True, ", positions")):
-        launch = launch_assemble_decoder_tokens_backward
-        yield f"backward{suffix}", partial(launch, grad_BLD, a["visible"], 1, learned)
+def place_launches(a: Arguments) -> Iterator[Launch]:
+    yield "forward", partial(launch_place_tokens, *(*a.values(), 1))
+    grad_BSD = a["tokens"].new_empty(len(a["tokens"]), 1 + len(a["table"]), a["tokens"].shape[2])
+    for with_table, suffix in ((True, ""), (False, ", tokens only")):
+        launch = launch_place_tokens_backward
+        yield f"backward{suffix}", partial(launch, grad_BSD, a["visible"], 1, with_table)
 
 
 # ---- masked_lm_loss
@@ -266,17 +268,23 @@ _ENTRIES = (
         wanted=("pred",),
     ),
     Op(
-        name="assemble_decoder_tokens",
-        gate="tests/test_kernels_assemble_decoder_tokens.py",
-        ours=assemble_decoder_tokens,
-        reference=partial(assemble_decoder_tokens_reference, num_prefix=1),
-        cases={f"base decoder {kind}": inputs.decoder_input(kind) for kind in PATCH},
-        work={
-            "forward": lambda a: sequence_bytes(a) + size(*a.values()),
-            "backward": lambda a: sequence_bytes(a) + size(a["tokens"], a["mask_token"], a["visible"]),
+        name="place_tokens",
+        gate="tests/test_kernels_place_tokens.py",
+        ours=place_tokens,
+        reference=partial(place_tokens_reference, num_prefix=1),
+        cases={
+            f"base decoder {kind}{what}": inputs.decoder_places(kind, parts)
+            for kind in PATCH
+            for what, parts in (("", 1), (" qkv", 3))
         },
-        launches=assemble_launches,
-        wanted=("tokens", "mask_token"),
+        work={
+            "forward": lambda a: placed_bytes(a) + size(*a.values()),
+            "backward": lambda a: (
+                placed_bytes(a) + size(*a.values())
+            ),  # reads the first, writes two gradients
+        },
+        launches=place_launches,
+        wanted=("tokens", "table"),
     ),
     Op(
         name="feature_mse",

@@ -144,16 +144,15 @@ def scored_rows(preset: str) -> Make:
     return make
 
 
-def decoder_input(kind: str) -> Make:
-    """Arguments of `assemble_decoder_tokens`."""
+def decoder_places(kind: str, parts: int) -> Make:
+    """Arguments of `place_tokens`: rows of the decoder's stream, or of its queries, keys and values with 3 parts."""
 
     def make(device: torch.device, samples: int, dtype: torch.dtype) -> Arguments:
-        _, tokens, width = decoder(kind, samples)
+        width = parts * BASE.model.decoder_width
         normal = partial(torch.randn, device=device, dtype=dtype)
         return {
             "tokens": normal(samples, 1 + NUM_VISIBLE[kind], width),
-            "mask_token": normal(width),
-            "positions": normal(tokens, width),
+            "table": normal(NUM_PATCHES[kind], width),
             "visible": _ids(device, samples, NUM_PATCHES[kind], NUM_VISIBLE[kind]),
         }
 

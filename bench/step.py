@@ -1,323 +1,328 @@
-"""Is a training step slower than at another revision? Both measured side by side, window by window.
+"""How fast is a training step: ours, ours without kernels, torch.compile alone, and the MedCoSS authors' way, side by side.
 
-    python bench/step.py --against HEAD            the tree as it is against the last commit
-    python bench/step.py --against v0.1 --kinds text --rounds 9
+    python bench/step.py --shards FOLDER                        base preset, batch 8, every kind and phase
+    python bench/step.py --shards FOLDER --kinds text --phases pretext --precision fp32 bf16
+    python bench/step.py --preset sample --batch 16 --unchecked --rounds 2 --steps 2          a quick try
+    python bench/step.py --shards FOLDER --batch 512 --end-to-end        on a GPU: the targets are for this
+    python bench/step.py --shards FOLDER --numerics 200         is bf16 within the noise of fp32?
+    python bench/step.py --shards FOLDER --out bench/results/step.jsonl       one JSON line a row, appended
 
-Updates of the sample preset (its model, batch and data), everything from reading a batch to the optimiser. Pretext and
-rehearsal apart, for every kind of data. The revision is checked out into a temporary folder. In every round two fresh
-processes, one for each tree, take turns (A B B A B A A B), so that what else the machine does meets both alike, and so
-does the luck of where a process lies in memory; the quickest of its turns stands for a process. Printed: milliseconds
-an update and their ratio, medians over the rounds. Exits 1 when the sum over all kinds grew by more than --limit.
+Phases: pretext (masked reconstruction or masked words), rehearsal (distillation on mixed samples), embedding (nothing
+masked, no gradient). FOLDER holds shard sets as --data of engine/train.py does; the first of each kind is measured.
+Without --shards, sets of drawn samples in the preset's sizes are made in a temporary folder.
+
+Sides, in one process, taking turns window by window (A B C D, D C B A, ...):
+- ours: `StageTraining.train_step` of a real stage under DeepSpeed, and the embedding of engine/rehearsal; crops, masks
+  and mixing are part of it. With --end-to-end once more from tar shards, reading included; the reference is not read.
+- no kernels: the same with every kernel's function replaced by its definition in plain PyTorch.
+- compiled: no kernels, and the blocks through torch.compile. Off on a CPU unless --compiled: compiling takes minutes.
+- reference: what the authors' step does, written for this bench (bench/step_reference.py). It starts from our weights
+  and has our pixels, masks, words, DropPath and positions; its loader's work (crops, fp32 pixels) is not in its time.
+
+Nothing is timed unless (1) the fp32 losses of ours and the reference agree to 1e-5 for every row, and (2) the reference
+reaches 90 % of the published rates of the authors' own model, scaled by what matrix products reach here: base preset,
+batch 8, a CPU with two threads. For anything else no rate was published: say --unchecked, and the table says so. On a
+GPU there are modelled rates only, which are printed.
+
+Columns: samples/s is the median over the windows, beside it its quartiles; ratio is to the reference, the median of the
+rounds' own; MFU is useful operations (visible patches, real tokens, masked predictions; see bench/step_rates.py) over a
+peak that is printed; host ms is CPU time of this process to issue an update (on a CPU that is the step itself); peak MB
+is what the side itself takes of a GPU. Texts are measured with the authors' 49,411 words and with the tokenizer's own.
+
+Last comes what DeepSpeed costs: the update under it less the same in a plain loop, see bench/step_overhead.py.
+Exits 1 when it refuses to time or when --numerics finds bf16 outside the noise.
 """
 
 import argparse
 import json
-import os
-import socket
-import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from mnemos.bench import step_rates as rates
 from mnemos.bench.runs import machine
+from mnemos.bench.step_data import find_sets, make_sets
+from mnemos.bench.step_inputs import KINDS, Data
+from mnemos.bench.step_numerics import SEEDS, numerics
+from mnemos.bench.step_overhead import ALLOWED_MS, Overhead, narrow, overhead
+from mnemos.bench.step_plain import KernelRan
+from mnemos.bench.step_rows import BENCH_PHASES, Bench, Refused, Task, check_losses, check_rates
+from mnemos.bench.step_timing import show
 from mnemos.engine import dist
+from mnemos.engine.parallel import computes_in_bf16
 from mnemos.engine.plain_table import format_table
+from mnemos.engine.presets import PRESETS
+from mnemos.engine.stage_model import OFFICIAL_VOCAB
 from mnemos.sharding.command import Parser, run_command
 from mnemos.sharding.errors import UserError
-from mnemos.sharding.modalities import DEFAULT_ORDER, MODALITIES
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-KINDS = tuple(dict.fromkeys(MODALITIES[name].kind for name in DEFAULT_ORDER))
-TURNS = (0, 1, 1, 0, 1, 0, 0, 1)  # of the two sides, for each window of a round
-SHORT_RUN = 4  # updates of the stages that come before the measured ones
+VOCABULARIES: dict[str, int | None] = {"authors": OFFICIAL_VOCAB, "own": None}
+DRAWN_SAMPLES = 160  # of a set made for the purpose: an embedding window of texts, and some
+Row = dict[str, Any]
 
 
-def stages() -> list[str]:
-    """Return the stages of the run: the first modality of each kind, then one more whose stage rehearses them all."""
-    first = {MODALITIES[name].kind: name for name in reversed(DEFAULT_ORDER)}
-    chosen = [name for name in DEFAULT_ORDER if name in first.values()]
-    return [*chosen, next(name for name in reversed(DEFAULT_ORDER) if name not in chosen)]
-
-
-class Side:
-    """One tree's worker process.
-
-    Args:
-        title: of the tree, for messages.
-        tree: whose `mnemos` it runs.
-        log: file its output goes to.
-    """
-
-    def __init__(self, title: str, tree: Path, log: Path) -> None:
-        self.title, self.log = title, log
-        ours, theirs = socket.socketpair()
-        worker = Path(__file__).with_name("step_worker.py")
-        with theirs, log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(worker), str(theirs.fileno())],
-                env=environment(tree),
-                cwd=log.parent,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is ours to act on
-            )
-        self.lines = ours.makefile("rw")
-        ours.close()  # the file keeps it open
-
-    def ask(self, what: object) -> Any:
-        """Send one line, return the answer.
-
-        Raises:
-            UserError: the worker ended, or its tree lacks what is measured.
-        """
-        try:
-            print(json.dumps(what), file=self.lines, flush=True)
-            line = self.lines.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise UserError(f"{self.title}: its process ended: {last_line(self.log)}")
-        answer = json.loads(line)
-        if isinstance(answer, dict) and "failed" in answer:
-            raise UserError(
-                f"{self.title} cannot be measured ({answer['failed']}); name a revision whose StageTraining can be "
-                "used as bench/step_worker.py does"
-            )
-        return answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-def environment(tree: Path) -> dict[str, str]:
-    """Return the environment in which `mnemos` is that of a tree."""
-    return {**os.environ, "PYTHONPATH": str(tree / "typings")}
-
-
-def last_line(log: Path) -> str:
-    """Return the last line of a file that says something."""
-    return next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "it said nothing")
-
-
-def git(*arguments: str) -> str:
-    """Return what a git command prints.
-
-    Raises:
-        UserError: it failed.
-    """
-    command = ["git", "-C", str(REPOSITORY), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout.strip()
-
-
-@contextmanager
-def checked_out(revision: str, folder: Path) -> Iterator[Path]:
-    """Check a revision out below a folder; leaves no trace in the repository."""
-    tree = folder / "tree"
-    try:
-        git("worktree", "add", "--quiet", "--detach", str(tree), revision)
-        yield tree
-    finally:
-        subprocess.run(
-            ["git", "-C", str(REPOSITORY), "worktree", "remove", "--force", str(tree)],
-            check=False,
-            capture_output=True,
+def tasks_of(data: Data, given: argparse.Namespace, compiled: bool) -> list[Task]:
+    """Return what is to be measured, a task for every kind and vocabulary."""
+    return [
+        Task(
+            data=data,
+            kind=kind,
+            vocab=vocab,
+            phases=given.phases,
+            steps=given.steps,
+            rounds=given.rounds,
+            compiled=compiled,
+            end_to_end=given.end_to_end,
         )
-
-
-def make_data(tree: Path, data: Path) -> None:
-    """Make the sample shards with a tree's own generator: their format may be another in each.
-
-    Raises:
-        UserError: it failed.
-    """
-    command = [sys.executable, "-m", "mnemos.sharding.synthetic.make", "--out", str(data)]
-    log = data.with_suffix(".log")
-    with log.open("w") as file:
-        done = subprocess.run(
-            command,
-            env=environment(tree),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=False,
-            cwd=data.parent,
-        )
-    if done.returncode:
-        raise UserError(f"{tree} cannot make its sample shards: {last_line(log)}")
-
-
-def make_run(tree: Path, data: Path, run: Path) -> None:
-    """Do the stages before the last one, a few updates each, with a tree's own command.
-
-    Raises:
-        UserError: it failed.
-    """
-    *earlier, _ = stages()
-    log = run.with_suffix(".log")
-    flags = [
-        "--stage",
-        earlier[-1],
-        "--steps",
-        str(SHORT_RUN),
-        "--set",
-        f"curriculum.stages=[{','.join(stages())}]",
+        for kind in given.kinds
+        for vocab in ([VOCABULARIES[name] for name in given.vocabularies] if kind == "text" else [None])
     ]
-    command = [
-        sys.executable,
-        str(tree / "engine" / "train.py"),
-        "--run",
-        str(run),
-        "--data",
-        str(data),
-        *flags,
-    ]
-    with log.open("w") as file:
-        done = subprocess.run(
-            command, env=environment(tree), stdout=file, stderr=subprocess.STDOUT, check=False, cwd=run.parent
-        )
-    if done.returncode:
-        raise UserError(f"the revision cannot train on {data}: {last_line(log)}")
 
 
-def compare(
-    sides: Sequence[Side], requests: Sequence[dict[str, Any]], order: Sequence[int]
-) -> dict[str, list[float]]:
-    """Return, for every window, the milliseconds on each side: the quickest of its turns.
+def check(tasks: Sequence[Task], precisions: Sequence[str], device: torch.device, unchecked: bool) -> None:
+    """Print what is compared before anything is timed.
 
     Raises:
-        UserError: the trees have different windows.
+        Refused: losses differ, or the reference is slower than the authors' own model.
+        UserError: no rate was published of what is measured, and --unchecked was not given.
     """
-    # one after the other: they share the cores
-    ready = [side.ask(request) for side, request in zip(sides, requests, strict=True)]
-    if any(one != ready[0] for one in ready):
+    data = tasks[0].data
+    published = rates.has_published_rate(data.preset, data.batch, device)
+    if device.type == "cpu" and not published and not unchecked:
+        came = f"preset {data.preset}, batch {data.batch}, {torch.get_num_threads()} threads"
         raise UserError(
-            f"{sides[0].title} trains on {ready[0]}, {sides[1].title} on {ready[1]}; compare like with like"
+            f"{came}: rates of the authors' model were published for preset {rates.PUBLISHED_PRESET}, batch "
+            f"{rates.PUBLISHED_BATCH} and {rates.PUBLISHED_THREADS} threads on a CPU; measure that, or give --unchecked"
         )
-    found = {}
-    for name in ready[0]["windows"]:
-        turns: list[list[float]] = [[] for _ in sides]
-        for side in order:
-            turns[side].append(1e3 * sides[side].ask(name))
-        found[name] = [min(times) for times in turns]
-    return found
+    for task in tasks:
+        for phase, difference in check_losses(task).items():
+            print(f"{task.title}, {phase}: fp32 losses agree to {difference:.1e}", flush=True)
+    for task in tasks:
+        for precision in precisions if published and not unchecked else ():
+            print(*check_rates(task, precision), sep="\n", flush=True)
+    if device.type == "cuda":
+        for task in tasks:
+            modelled = {phase: rates.MODELLED.get((task.kind, phase)) for phase in task.phases}
+            told = ", ".join(f"{phase} {rate or 'none'}" for phase, rate in modelled.items())
+            print(f"{task.title}: modelled samples/s of the authors' step on an H200, never measured: {told}")
+    elif not published or unchecked:
+        print("the reference was NOT held against the published rates of the authors' model (--unchecked)")
 
 
-def summary(found: dict[str, list[list[float]]]) -> tuple[list[dict[str, Any]], float]:
-    """Return the table's rows, and the ratio of the sums over all windows, now over before.
+def time_rows(
+    tasks: Sequence[Task], precisions: Sequence[str], device: torch.device, write: Callable[[list[Row]], None]
+) -> list[Row]:
+    """Time every task in every precision; return the table's rows, each written as soon as it is there."""
+    rows: list[Row] = []
+    for precision in precisions:
+        calibrated = rates.gemm_rate(device, precision)
+        peak, what = rates.peak_rate(device, precision, calibrated)
+        told = f"matrix products in {precision}: {calibrated / 1e9:.0f} GFLOP/s"
+        print(f"{told}; MFU is of {f'{peak / 1e12:.3f} TFLOP/s, ' if peak else ''}{what}", flush=True)
+        for task in tasks:
+            sides = 3 + task.compiled + task.end_to_end
+            bench = Bench(task=task, precision=precision)
+            total = task.rounds * sides * len(task.phases)
+            with tqdm(total=total, unit="window", desc=f"{task.title}, {precision}", leave=False) as bar:
+                try:
+                    bench.build()
+                    for phase in task.phases:
+                        found = bench.time(phase, peak, bar.update)
+                        write(found)
+                        rows += found
+                finally:
+                    bench.close()
+    return rows
 
-    Milliseconds are medians over the rounds. So are ratios, of the rounds' own: both sides of a round met the same load.
-    """
-    sums = [[sum(times) for times in zip(*side, strict=True)] for side in zip(*found.values(), strict=True)]
-    rows = [_row(name, *sides) for name, sides in {**found, "all -": sums}.items()]
-    return rows, rows[-1]["ratio"]
 
-
-def _row(name: str, before: list[float], now: list[float]) -> dict[str, Any]:
-    kind, phase = name.split()
-    ratio = statistics.median(new / old for old, new in zip(before, now, strict=True))
-    medians = (round(statistics.median(times), 2) for times in (before, now))
-    return {
-        "kind": kind,
-        "phase": phase,
-        **dict(zip(("before", "now"), medians, strict=True)),
-        "ratio": ratio,
-    }
-
-
-def measure(revision: str, given: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Return, for every window, the milliseconds of all rounds on each side; every round has processes of its own."""
-    found: dict[str, list[list[float]]] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="mnemos-step-") as name,
-        checked_out(revision, Path(name)) as tree,
-    ):
-        folder = Path(name)
-        places = {given.against: tree, "the tree as it is": REPOSITORY}
-        requests = []
-        for side, (title, place) in enumerate(places.items()):
-            print(f"the stages before, {SHORT_RUN} updates each, at {title} ...", flush=True)
-            data, run = given.data or folder / f"data{side}", folder / f"run{side}"
-            if given.data is None:
-                make_data(place, data)
-            make_run(place, data, run)
-            requests.append(
-                {
-                    "flags": ["--stage", stages()[-1], "--run", str(run), "--data", str(data)],
-                    "pretext": [name for name in stages()[:-1] if MODALITIES[name].kind in given.kinds],
-                    "kinds": given.kinds,
-                    "steps": given.steps,
-                }
+def measure_overhead(data: Data, given: argparse.Namespace, precision: str) -> list[Overhead]:
+    """Measure and print what DeepSpeed costs, at full size and where compute vanishes."""
+    kind = "image" if "image" in data.sets else given.kinds[0]
+    cases = [("as narrow as can be", narrow(data), 4 * given.rounds), ("full size", data, given.rounds)]
+    with tqdm(total=3 * sum(rounds for *_, rounds in cases), unit="window", leave=False) as bar:
+        found = [
+            one
+            for title, case, rounds in cases
+            for one in overhead(
+                case,
+                kind,
+                title=title,
+                precision=precision,
+                rounds=rounds,
+                steps=given.steps,
+                advance=bar.update,
             )
-        for number in tqdm(range(given.rounds), desc="rounds", unit="round"):
-            with ExitStack() as stack:
-                sides = [
-                    stack.enter_context(Side(title, place, folder / f"{side}.log"))
-                    for side, (title, place) in enumerate(places.items())
-                ]
-                order = TURNS if number % 2 == 0 else [1 - side for side in TURNS]
-                for window, times in compare(sides, requests, order).items():
-                    for before, one in zip(found.setdefault(window, [[], []]), times, strict=True):
-                        before.append(one)
+        ]
+    print(f"\nDeepSpeed's part of an update, {kind} pretext, {precision}; {ALLOWED_MS:g} ms are the aim")
+    rows = [one.row() for one in found]
+    print(format_table(rows, list(rows[0])))
     return found
+
+
+def measure_numerics(data: Data, given: argparse.Namespace) -> Row:
+    """Compare loss curves and print the verdict."""
+    kind, steps = given.kinds[0], given.numerics
+    with tqdm(total=(1 + len(SEEDS)) * steps, unit="update", leave=False) as bar:
+        found, curves = numerics(data, kind, steps, bar.update)
+    print(
+        f"{kind} pretext, {steps} updates: bf16 is {found['bf16_from_fp32']:.2g} from fp32 on the same batches (rms of "
+        f"running means), fp32 is {found['fp32_seeds_apart']:.2g} from itself with other seeds; the last losses are "
+        f"{found['last_bf16']:.4f} and {found['last_fp32']:.4f}; bf16 is "
+        f"{'within' if found['within_noise'] else 'OUTSIDE'} the noise of fp32"
+    )
+    return {"kind": kind, "numerics": steps, **found, "curves": curves}
+
+
+def run(given: argparse.Namespace, folder: Path) -> list[str]:
+    """Check, measure, print and write down; return what failed."""
+    dist.adopt_environment()
+    with dist.quiet():
+        dist.meet()
+    device = dist.device()
+    sets = (
+        find_sets(given.shards) if given.shards else make_sets(folder / "drawn", given.preset, DRAWN_SAMPLES)
+    )
+    if missing := [kind for kind in given.kinds if kind not in sets]:
+        raise UserError(
+            f"--shards {given.shards}: holds no set of {', '.join(missing)}; name by --kinds what it has: {', '.join(sets)}"
+        )
+    data = Data(
+        sets=sets, folder=folder, preset=given.preset, batch=given.batch, assignments=given.assignments
+    )
+    if given.numerics:
+        row = measure_numerics(data, given)
+        _write(given, [row])
+        return [] if row["within_noise"] else ["bf16 is outside the noise of fp32"]
+    compiled = device.type == "cuda" if given.compiled is None else given.compiled
+    auto = "bf16" if computes_in_bf16("auto") else "fp32"
+    precisions = list(dict.fromkeys(auto if one == "auto" else one for one in given.precision))
+    tasks = tasks_of(data, given, compiled)
+    try:
+        check(tasks, precisions, device, given.unchecked)
+        rows = time_rows(tasks, precisions, device, partial(_write, given))
+    except (Refused, KernelRan) as reason:
+        return [f"refused: {reason}"]
+    print(f"batch {given.batch}, windows of {given.steps} batches, {given.rounds} rounds, {_threads(device)}")
+    show(rows)
+    if not compiled:
+        print("compiled was not measured: on a CPU compiling takes minutes; --compiled measures it")
+    for one in precisions if given.overhead else ():
+        costs = measure_overhead(data, given, one)
+        _write(given, [{"kind": "overhead", "precision": one, **cost.row()} for cost in costs])
+    return []
+
+
+def _threads(device: torch.device) -> str:
+    return (
+        f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    )
+
+
+def _write(given: argparse.Namespace, rows: Sequence[Row]) -> None:
+    """Append one JSON line a row, where asked to."""
+    if not given.out:
+        return
+    with dist.quiet():
+        where = machine()
+    about = {
+        "preset": given.preset,
+        "batch": given.batch,
+        "steps": given.steps,
+        "rounds": given.rounds,
+        "shards": "given" if given.shards else "drawn",
+        "checked": not given.unchecked,
+        "settings": given.assignments,
+    }
+    with given.out.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({"bench": "step", **where, **about, **row}) + "\n")
+
+
+def check_flags(given: argparse.Namespace) -> None:
+    """Raise UserError for a number or a combination of flags that makes no sense."""
+    for name, least in (("batch", 2), ("steps", 1), ("rounds", 1), ("numerics", 0)):
+        if getattr(given, name) < least:
+            raise UserError(f"--{name} is {getattr(given, name)}; {least} or more is allowed")
+    if given.preset not in PRESETS or given.preset == "official":
+        allowed = ", ".join(name for name in PRESETS if name != "official")
+        raise UserError(f"--preset {given.preset}: the bench knows {allowed}; choose one of them")
+    if given.shards and not given.shards.is_dir():
+        raise UserError(f"--shards {given.shards}: there is no such folder; name one that holds shard sets")
+    if given.out and not given.out.parent.is_dir():
+        raise UserError(f"--out {given.out}: there is no folder {given.out.parent}; make it first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print table and JSON line, return the exit code."""
-    slower: list[float] = []
+    """Check, measure and print; return the exit code."""
+    failed: list[str] = []
 
     def command(argv: Sequence[str] | None) -> None:
         given = make_parser().parse_args(argv)
-        for name in ("rounds", "steps"):
-            if getattr(given, name) < 1:
-                raise UserError(f"--{name} {getattr(given, name)}: nothing would be measured; give 1 or more")
-        revision = git("rev-parse", "--verify", "--quiet", f"{given.against}^{{commit}}")
-        given.data = given.data and given.data.resolve()
-        found = measure(revision, given)
-        rows, ratio = summary(found)
-        columns = {"kind": "kind", "phase": "phase", "before": given.against, "now": "now", "ratio": "ratio"}
-        print(f"ms an update, median of {given.rounds} rounds, {given.steps} updates a window")
-        print(format_table([{**row, "ratio": f"{row['ratio']:.3f}"} for row in rows], columns))
-        record = {"against": revision, "rounds": given.rounds, "steps": given.steps, "ratio": round(ratio, 4)}
-        with dist.quiet():
-            where = machine()
-        print(json.dumps({"bench": "step", **where, **record, "ms": found}))
-        if ratio > 1 + given.limit:
-            slower.append(ratio)
-            print(f"slower by {100 * (ratio - 1):.1f} %; {100 * given.limit:g} % are allowed")
+        check_flags(given)
+        with tempfile.TemporaryDirectory(prefix="mnemos-step-") as folder:
+            failed.extend(run(given, Path(folder)))
+        if failed:
+            print(*failed, sep="\n", file=sys.stderr)
 
-    return run_command(command, argv) or int(bool(slower))
+    return run_command(command, argv) or int(bool(failed))
 
 
 def make_parser() -> Parser:
     """Return the parser with every flag."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", required=True, metavar="REV", help="the revision to compare with")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="all by default")
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of fresh processes (5)")
-    parser.add_argument("--steps", type=int, default=6, help="updates of a window (6)")
-    parser.add_argument("--limit", type=float, default=0.03, help="how much slower is still well (0.03)")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder of sample shards that both revisions read (default: each makes its own)",
+    add: Callable[..., Any] = parser.add_argument
+    add("--shards", type=Path, metavar="FOLDER", help="holds shard sets of the preset (default: drawn ones)")
+    add("--preset", default="base", metavar="NAME", help="sizes of model and data (base)")
+    add("--batch", type=int, default=8, help="samples of an update (8)")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="all by default")
+    add("--phases", nargs="+", choices=BENCH_PHASES, default=list(BENCH_PHASES), help="all by default")
+    add(
+        "--precision",
+        nargs="+",
+        choices=("auto", "fp32", "bf16"),
+        default=["auto"],
+        help="(auto, as the engine's)",
     )
+    add(
+        "--vocabularies",
+        nargs="+",
+        choices=list(VOCABULARIES),
+        default=list(VOCABULARIES),
+        help="of texts (both)",
+    )
+    add(
+        "--steps", type=int, default=4, help="batches of a window, of random lengths where they are texts (4)"
+    )
+    add("--rounds", type=int, default=5, help="windows of every side (5)")
+    add("--end-to-end", action="store_true", help="measure ours from tar shards, too")
+    add(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="measure torch.compile alone (on a GPU: yes)",
+    )
+    add(
+        "--overhead",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure DeepSpeed's part (yes)",
+    )
+    add("--unchecked", action="store_true", help="do not hold the reference against the published rates")
+    add("--numerics", type=int, default=0, metavar="N", help="only compare N updates in bf16 and fp32")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="KEY=VALUE",
+        help="a setting of the engine, for all sides",
+    )
+    add("--out", type=Path, metavar="FILE", help="append one JSON line a row")
     return parser
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnemos.engine.encoder import Attention, ImageKind, ResidualNorm, initialise
+from mnemos.engine.encoder import Attention, ImageKind, Linear, ResidualNorm, initialise
 from mnemos.engine.positions import sin_cos_table
-from mnemos.kernels.assemble_decoder_tokens import assemble_decoder_tokens
 from mnemos.kernels.gather_tokens import gather_tokens
 from mnemos.kernels.masked_lm_loss import masked_lm_loss
+from mnemos.kernels.place_tokens import place_tokens
 
 
 class DecoderBlock(nn.Module):
@@ -25,28 +25,59 @@ class DecoderBlock(nn.Module):
         self.norm_1 = ResidualNorm(width, eps=1e-6)
         self.attention = Attention(width, heads, attention)
         self.norm_2 = ResidualNorm(width, eps=1e-6)
-        self.fc_1 = nn.Linear(width, 4 * width)
-        self.fc_2 = nn.Linear(4 * width, width)
+        self.fc_1 = Linear(width, 4 * width)
+        self.fc_2 = Linear(4 * width, width)
 
-    def forward(self, x_BLE: Tensor, branch_BLE: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the residual stream and the branch still to be added to it; `branch_BLE` is the block before's."""
-        x_BLE, normed = self.norm_1(x_BLE, branch_BLE)
-        x_BLE, normed = self.norm_2(x_BLE, self.attention(normed))
-        return x_BLE, self.fc_2(F.gelu(self.fc_1(normed)))
+    def forward(
+        self,
+        x: Tensor,
+        branch_BLE: Tensor | None = None,
+        *,
+        unseen_LE: Tensor | None = None,
+        visible_BK: Tensor | None = None,
+        wanted_BM: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual stream and the branch still to be added to it, [B, 1 + L, E] each.
+
+        Args:
+            x: residual stream [B, 1 + L, E]; in the first block the seen tokens alone, [B, 1 + K, E].
+            branch_BLE: what the block before left to be added; None in the first block.
+            unseen_LE: in the first block, tokens of places that were not seen. They are the same in every sample, so
+                they are normalised and projected once a place.
+            visible_BK: in the first block, the places that were seen.
+            wanted_BM: in the last block, the rows that are predicted. Others are attended to and cost nothing more;
+                the results are [B, M, E].
+        """
+        if unseen_LE is not None and visible_BK is not None:
+            seen, unseen = (self.attention.qkv(self.norm_1(tokens, None)[1]) for tokens in (x, unseen_LE))
+            x = place_tokens(x, unseen_LE, visible_BK)
+            qkv = place_tokens(seen, unseen, visible_BK)
+            mixed = self.attention.mix(qkv) if wanted_BM is None else self.attention.mix_some(qkv, wanted_BM)
+        else:
+            x, normed = self.norm_1(x, branch_BLE)
+            mixed = self.attention(normed, wanted_BM=wanted_BM)
+        if wanted_BM is not None:
+            x = gather_tokens(x, wanted_BM)
+        x, normed = self.norm_2(x, mixed)
+        return x, self.fc_2(F.gelu(self.fc_1(normed)))
 
 
 class DecoderStem(nn.Module):
-    """Visible features to a full sequence: projection, mask tokens where nothing was seen, positions."""
+    """Visible features to what the first block takes: seen tokens, and mask tokens with the positions of all places."""
 
     def __init__(self, encoder_width: int, width: int) -> None:
         super().__init__()
-        self.project = nn.Linear(encoder_width, width)
+        self.project = Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
 
-    def forward(self, features_BND: Tensor, visible_BK: Tensor, positions_LE: Tensor) -> Tensor:
-        """Return [B, 1 + L, E], CLS first."""
+    def forward(
+        self, features_BND: Tensor, visible_BK: Tensor, positions_SE: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return seen tokens [B, 1 + K, E], CLS first, and unseen ones [L, E]; S = 1 + L rows, that of CLS first."""
+        row_BN = F.pad(visible_BK + 1, (1, 0))
         tokens = self.project(features_BND)
-        return assemble_decoder_tokens(tokens, self.mask_token, positions_LE, visible_BK)
+        seen = tokens + positions_SE[row_BN]
+        return seen.to(tokens.dtype), (self.mask_token + positions_SE[1:]).to(tokens.dtype)
 
 
 class ImageDecoder(nn.Module):
@@ -68,7 +99,7 @@ class ImageDecoder(nn.Module):
         self.stem = DecoderStem(encoder_width, width)
         self.blocks = nn.ModuleList(DecoderBlock(width, heads, attention) for _ in range(depth))
         self.norm = ResidualNorm(width, eps=1e-6)
-        self.heads = nn.ModuleDict({kind: nn.Linear(width, size) for kind, size in values.items()})
+        self.heads = nn.ModuleDict({kind: Linear(width, size) for kind, size in values.items()})
         for kind, grid in grids.items():
             if official:  # the authors' positions: trained, from zeros
                 rows = 1 + math.prod(grid)
@@ -80,12 +111,14 @@ class ImageDecoder(nn.Module):
 
     def forward(self, kind: ImageKind, features_BND: Tensor, visible_BK: Tensor, masked_BM: Tensor) -> Tensor:
         """Return predictions [B, M, P] of the masked patches, in the order of `masked_BM`."""
-        x_BLE = self.stem(features_BND, visible_BK, getattr(self, f"positions_{kind}"))
-        branch_BLE = None
+        seen, unseen = self.stem(features_BND, visible_BK, getattr(self, f"positions_{kind}"))
+        x, branch = seen, None
         for block in self.blocks:
-            x_BLE, branch_BLE = block(x_BLE, branch_BLE)
-        _, normed_BLE = self.norm(x_BLE, branch_BLE)
-        predicted_BMP: Tensor = self.heads[kind](gather_tokens(normed_BLE, masked_BM + 1))  # row 0 is CLS
+            first = {"unseen_LE": unseen, "visible_BK": visible_BK} if block is self.blocks[0] else {}
+            last = {"wanted_BM": masked_BM + 1} if block is self.blocks[-1] else {}  # row 0 is CLS
+            x, branch = block(x, branch, **first, **last)
+        _, normed_BME = self.norm(x, branch)
+        predicted_BMP: Tensor = self.heads[kind](normed_BME)
         return predicted_BMP
 
 
@@ -96,9 +129,9 @@ class WordHead(nn.Module):
         super().__init__()
         # the authors add the first of two learned rows to every feature
         self.position = nn.Parameter(torch.zeros(2, width)) if official else None
-        self.transform = nn.Linear(width, width)
+        self.transform = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.words = nn.Linear(width, vocab)
+        self.words = Linear(width, vocab)
         self.apply(initialise)
         nn.init.normal_(self.words.weight, std=1 / math.sqrt(width) / 4)
 

@@ -83,24 +83,28 @@ def check_with_deepspeed(settings: Settings, user: dict[str, Any], world_size: i
         ) from None
 
 
-def zero_stage(settings: Settings, user: dict[str, Any] | None) -> int:
-    """Return the ZeRO stage: the user's DeepSpeed configuration decides before `parallel.zero`."""
-    stage: int = (user or {}).get("zero_optimization", {}).get("stage", settings.parallel.zero)
-    return stage
+def zero_stage(settings: Settings, user: dict[str, Any] | None, world_size: int) -> int:
+    """Return the ZeRO stage: the user's DeepSpeed configuration decides before `parallel.zero`.
+
+    One rank has nothing to divide: unless that configuration is about ZeRO, 1 and 2 mean 0 there. DeepSpeed would copy
+    every gradient twice and do no more.
+    """
+    asked: dict[str, Any] = (user or {}).get("zero_optimization", {})
+    stage: int = asked.get("stage", settings.parallel.zero)
+    return 0 if world_size == 1 and stage in (1, 2) and not asked else stage
 
 
 def deepspeed_config(
     settings: Settings, *, bf16: bool, micro_batch: int, accumulate: int, user: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return the configuration given to DeepSpeed: ours, with the user's entries on top."""
-    stage = zero_stage(settings, user)
-    alone = (
-        settings.training.batch == micro_batch * accumulate
-    )  # one rank: gradients need no buffer to be sent from
+    world_size = settings.training.batch // (micro_batch * accumulate)
+    stage = zero_stage(settings, user, world_size)
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
-        "contiguous_gradients": stage != 1 or not alone,
+        # one rank sends its gradients nowhere and needs no buffer to send them from
+        "contiguous_gradients": stage != 1 or world_size > 1,
     }
     if stage in (1, 2):
         # nothing reads the norm, and computing it would wait for the device every step
@@ -116,13 +120,15 @@ def deepspeed_config(
         "log_level": "error",
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device every step
     }
-    if bf16:
+    if bf16 and stage == 0:  # DeepSpeed sees fp32 masters; what travels between ranks is bf16 all the same
+        config["communication_data_type"] = "bf16"
+    elif bf16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     for key, value in (user or {}).items():
         if key == "zero_optimization":
             zero |= value
         else:
             config[key] = value
-    if stage:
+    if stage or "zero_optimization" in (user or {}):
         config["zero_optimization"] = zero
     return config

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from mnemos.engine.cpu import keep_freed_memory, use_cores
 from mnemos.sharding.command import USER_MISTAKE
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ def meet(timeout_s: int = 1800) -> None:
         return
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+        use_cores(local_world_size())
+        keep_freed_memory()
     else:
         torch.cuda.set_device(local_rank())
     with quiet():

@@ -21,7 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mnemos.engine.positions import interpolate_table, sin_cos_table
 from mnemos.kernels.attention import attention
+from mnemos.kernels.cross_attention import cross_attention
+from mnemos.kernels.gather_tokens import gather_tokens
 from mnemos.kernels.layer_scale_residual_norm import layer_scale_residual_norm
+from mnemos.kernels.linear import linear
 from mnemos.kernels.packing import Packing
 
 ImageKind = Literal["image", "volume"]
@@ -55,6 +58,14 @@ class EncoderShape:
     official: bool = False
 
 
+class Linear(nn.Linear):
+    """torch's layer, computed by `mnemos.kernels.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over one packed projection; `backend` as in `mnemos.kernels.attention`."""
 
@@ -62,16 +73,53 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend = backend
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, packing: Packing | None = None, causal: bool = False) -> Tensor:
-        """Return [B, L, D]; with a packing B is 1 and its sequences do not see each other."""
-        B, L, D = x_BLD.shape
-        qkv = self.qkv(x_BLD).view(B, L, 3, self.heads, D // self.heads)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        packing: Packing | None = None,
+        causal: bool = False,
+        wanted_BM: Tensor | None = None,
+    ) -> Tensor:
+        """Return [B, L, D]; with a packing B is 1 and its sequences do not see each other.
+
+        With `wanted_BM`, int64 rows, only those ask and all are asked: [B, M, D].
+        """
+        if wanted_BM is None:
+            return self.mix(self.qkv(x_BLD), packing, causal)
+        width = x_BLD.shape[2]
+        (to_query, to_both), (add_query, add_both) = (
+            part.split_with_sizes([width, 2 * width]) for part in (self.qkv.weight, self.qkv.bias)
+        )
+        query = linear(gather_tokens(x_BLD, wanted_BM), to_query, add_query)
+        return self._cross(query, linear(x_BLD, to_both, add_both))
+
+    def mix(self, qkv_BLF: Tensor, packing: Packing | None = None, causal: bool = False) -> Tensor:
+        """Return what comes after the projection `qkv`, whose result [B, L, 3 * D] this takes."""
+        B, L, triple = qkv_BLF.shape
+        qkv = qkv_BLF.view(B, L, 3, self.heads, triple // (3 * self.heads))
         mixed = attention(qkv, packing=packing, causal=causal, backend=self.backend)
-        out_BLD: Tensor = self.out(mixed.reshape(B, L, D))
+        out_BLD: Tensor = self.out(mixed.reshape(B, L, triple // 3))
         return out_BLD
+
+    def mix_some(self, qkv_BLF: Tensor, wanted_BM: Tensor) -> Tensor:
+        """Return [B, M, D], `mix` of the wanted rows alone."""
+        width = qkv_BLF.shape[2] // 3
+        query, both = qkv_BLF.split_with_sizes([width, 2 * width], dim=2)
+        return self._cross(gather_tokens(query.contiguous(), wanted_BM), both.contiguous())
+
+    def _cross(self, query_BMD: Tensor, both_BLE: Tensor) -> Tensor:
+        B, M, D = query_BMD.shape
+        W = D // self.heads
+        query, both = query_BMD.view(B, M, self.heads, W), both_BLE.view(B, -1, 2, self.heads, W)
+        backend = (
+            self.backend if self.backend in ("definition", "sdpa") else "auto"
+        )  # others have no such form
+        mixed = cross_attention(query, both, backend=backend)
+        out_BMD: Tensor = self.out(mixed.reshape(B, M, D))
+        return out_BMD
 
 
 class ResidualNorm(nn.LayerNorm):
@@ -95,8 +143,8 @@ class Block(nn.Module):
         self.attention = Attention(shape.width, shape.heads, attention)
         self.scale_1 = nn.Parameter(torch.full((shape.width,), shape.layer_scale))
         self.norm_2 = ResidualNorm(shape.width)
-        self.fc_1 = nn.Linear(shape.width, shape.ffn)
-        self.fc_2 = nn.Linear(shape.ffn, shape.width)
+        self.fc_1 = Linear(shape.width, shape.ffn)
+        self.fc_2 = Linear(shape.ffn, shape.width)
         self.scale_2 = nn.Parameter(torch.full((shape.width,), shape.layer_scale))
 
     def forward(
@@ -129,7 +177,7 @@ class PatchTokenizer(nn.Module):
     def __init__(self, values: int, width: int, grid: tuple[int, ...]) -> None:
         super().__init__()
         self.grid = grid
-        self.project = nn.Linear(values, width)
+        self.project = Linear(values, width)
         self.position = nn.Parameter(sin_cos_table(grid[-2:], width))  # learned from there on
         self.depth = nn.Parameter(torch.zeros(grid[0] if len(grid) == 3 else 1, width))
 
@@ -151,7 +199,7 @@ class FlatPatchTokenizer(nn.Module):
 
     def __init__(self, values: int, width: int, grid: tuple[int, ...]) -> None:
         super().__init__()
-        self.project = nn.Linear(values, width)
+        self.project = Linear(values, width)
         self.position = nn.Parameter(torch.randn(self.ROWS[len(grid)], width))
         self.depth = nn.Parameter(torch.randn(self.TEMPORAL_ROWS, width))
 
@@ -266,7 +314,7 @@ class Encoder(nn.Module):
         for number, block in enumerate(self.blocks):
             inputs = (x, before, factors[2 * number], packing, causal)
             if self.recompute and torch.is_grad_enabled():
-                x, branch, scale_D = checkpoint(block, *inputs, use_reentrant=False)
+                x, branch, scale_D = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, branch, scale_D = block(*inputs)
             before = (branch, scale_D, factors[2 * number + 1])

@@ -77,6 +77,8 @@ def sample_bytes(size: Sizes, settings: Settings, *, bf16: bool) -> int:
 def state_bytes(parameters: int, *, bf16: bool, zero: int, world: int) -> int:
     """Return the bytes of weights, gradients and optimiser state on one rank."""
     weights, gradients, optimizer = (2, 2, 12) if bf16 else (4, 4, 8)
+    if bf16 and zero == 0:  # fp32 masters with a bf16 copy
+        weights, gradients, optimizer = (6, 4, 8)
     part = 1 / world
     share = {0: (1, 1, 1), 1: (1, 1, part), 2: (1, part, part), 3: (part, part, part)}[zero]
     return int(parameters * (weights * share[0] + gradients * share[1] + optimizer * share[2]))
@@ -91,7 +93,9 @@ def choose_micro_batch(
         return training.micro_batch
     share, group = training.batch // world, plan.settings.rehearsal.mix_group
     mixes = bool(plan.rehearsed(stage)) and plan.settings.rehearsal.mixup
-    state = state_bytes(parameters, bf16=bf16, zero=zero_stage(plan.settings, plan.deepspeed), world=world)
+    state = state_bytes(
+        parameters, bf16=bf16, zero=zero_stage(plan.settings, plan.deepspeed, world), world=world
+    )
     members = (stage, *plan.rehearsed(stage))
     each = max(
         sample_bytes(sizes(member, shape, plan.settings), plan.settings, bf16=bf16) for member in members

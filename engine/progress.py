@@ -10,6 +10,11 @@ from tqdm import tqdm
 _LOG_EVERY_S = 15.0
 
 
+def say(sentence: str) -> None:
+    """Print a sentence beside whatever bar there is."""
+    tqdm.write(sentence)
+
+
 class Progress:
     """Progress of `total` steps from `done` on, each a `unit`; silent unless `shown`."""
 

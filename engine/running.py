@@ -128,7 +128,11 @@ def _do_stage(run: RunDirectory, plan: Plan, stage: Stage) -> None:
     if stage.status in ("pending", "training"):
         dist.on_main(lambda: run.record(stage.name, status="training", data=stage.manifest.fingerprint))
         shown = StageTraining(plan, stage).run()
-        facts = {**shown, "zero": zero_stage(plan.settings, plan.deepspeed), "ranks": dist.world_size()}
+        facts = {
+            **shown,
+            "zero": zero_stage(plan.settings, plan.deepspeed, dist.world_size()),
+            "ranks": dist.world_size(),
+        }
         dist.on_main(lambda: run.record(stage.name, status="trained", **facts))
     begun = time.monotonic()
     kept = close_stage(plan, stage)
@@ -199,7 +203,7 @@ def describe_plan(plan: Plan, kept: dict[str, int]) -> str:
     parts = parameters_by_part(model)
     total = sum(parts.values())
     rate = matrix_rate(device, bf16=bf16)
-    zero = zero_stage(settings, plan.deepspeed)
+    zero = zero_stage(settings, plan.deepspeed, world)
     rows = []
     for stage in plan.stages:
         row: dict[str, object] = {

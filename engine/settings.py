@@ -71,6 +71,12 @@ class TrainingSettings(_Section):
     attention: Literal["auto", "definition", "sdpa", "varlen", "xformers", "flex"] = Field(
         "auto", description="how attention is computed; auto: by the table of what was measured"
     )
+    graphs: Literal["auto", "always", "never"] = Field(
+        "auto", description="one CUDA graph for each set of images or volumes; auto: where it can be"
+    )
+    compile: bool = Field(
+        False, description="blocks through torch.compile: minutes at the start, seldom a quicker step"
+    )
     recompute: bool = Field(False, description="recompute activations in backward: less memory, more time")
     seed: int = Field(0, ge=0, description="of everything random")
     log_every: int = Field(20, ge=1, description="updates between two readings of the losses")
@@ -189,6 +195,8 @@ class Settings(_Section):
 FREE = {
     "training.micro_batch",
     "training.attention",
+    "training.graphs",
+    "training.compile",
     "training.recompute",
     "training.log_every",
     "training.validate_every",

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,16 +16,17 @@ from mnemos.engine.curriculum import Plan, Stage
 from mnemos.engine.encoder import Encoder
 from mnemos.engine.estimates import choose_micro_batch, free_memory
 from mnemos.engine.metrics_log import MetricsLog
-from mnemos.engine.objectives import Pretrainer, encode, local_count, visible_patches
-from mnemos.engine.optimizer import active_parts
+from mnemos.engine.objectives import Pretrainer
+from mnemos.engine.optimizer import rate_table
 from mnemos.engine.parallel import Engine, computes_in_bf16
-from mnemos.engine.preparing import Phase, Preparer, Rows, TextBatch, TextRows, TextsReady
-from mnemos.engine.progress import Progress
+from mnemos.engine.preparing import Preparer, TextBatch, TextsReady
+from mnemos.engine.progress import Progress, say
 from mnemos.engine.run_directory import write_atomically
 from mnemos.engine.showing import show_predictions
-from mnemos.engine.slots import CURRENT, Schedule, learning_rate, micro_batches, rank_rows
+from mnemos.engine.slots import CURRENT, Schedule, rank_rows
 from mnemos.engine.stage_model import encoder_shape, make_model, text_tokenizer
 from mnemos.engine.stopping import BadNumbers, StopFlag, Stopped
+from mnemos.engine.training_step import TrainingStep, phase_of
 from mnemos.engine.validation import Validation
 from mnemos.engine.weights import modality_record, save_encoder
 from mnemos.sharding.bad_samples import BadSamples
@@ -66,6 +66,7 @@ class StageTraining:
         )
         self.bad = BadSamples(self.settings.data.max_bad)
         self.known_bad = 0  # of all ranks, told already
+        self.known_left_out = 0  # updates, told already
         self.shape = encoder_shape(plan)
         model = make_model(plan, stage, self.shape)
         self.teacher = self._make_teacher(model.encoder) if rehearsed else None
@@ -93,6 +94,17 @@ class StageTraining:
             Preparer(self.settings, self.shape, starts_word_V, stream=f"{stage.name}/{kept.manifest.name}")
             for kept in self.sets
         ]
+        self.step = TrainingStep(
+            self.engine,
+            self.teacher,
+            self.settings,
+            self.shape,
+            [kept.manifest for kept in self.sets],
+            self.preparers,
+            micro=self.micro,
+            accumulate=self.accumulate,
+            dtype=self.dtype,
+        )
         self.validation = Validation(
             ShardSet(stage.data, "val", plan.store),
             self.sets[CURRENT],
@@ -128,6 +140,7 @@ class StageTraining:
             if log is not None:
                 log.close()
         self._save()
+        self.step.release()
         self.engine.release()
         return {**shown, "seconds": round(time.monotonic() - begun, 1)}
 
@@ -141,21 +154,22 @@ class StageTraining:
     def _train(self, step: int, stop: StopFlag, progress: Progress, log: MetricsLog | None) -> dict[str, Any]:
         training = self.settings.training
         peak = training.base_lr * training.batch / 256
+        rates = rate_table(self.schedule.num_steps, peak, training.warmup)
+        self.engine.optimizer.use_rates(rates.to(self.device))
         losses = torch.zeros(training.log_every, device=self.device)  # of the updates since the last reading
         pending: list[dict[str, Any]] = []
         since = time.monotonic()
         latest: dict[str, float] = {}
         for raw in self.batches(step):
-            rate = learning_rate(raw.step, self.schedule.num_steps, peak, training.warmup)
-            self.engine.optimizer.set_rate(rate)
+            self.engine.optimizer.set_update(raw.step)
             losses[len(pending)] = self.train_step(raw)
             step = raw.step + 1
             pending.append(
                 {
                     "step": step,
                     "modality": self.sets[raw.member].manifest.name,
-                    "phase": _phase(raw.member),
-                    "lr": rate,
+                    "phase": phase_of(raw.member),
+                    "lr": float(rates[raw.step]),
                 }
             )
             last = step == self.schedule.num_steps
@@ -186,40 +200,8 @@ class StageTraining:
         return measured
 
     def train_step(self, raw: RawBatch | TextBatch) -> Tensor:
-        """Do one update on this rank's part of a global batch; return its part of the loss (device scalar).
-
-        The parts of all ranks add up to the mean over the global batch, whatever the micro-batches.
-        """
-        raw = raw.to(self.device)
-        manifest, phase = self.sets[raw.member].manifest, _phase(raw.member)
-        rows: Rows
-        if isinstance(raw, TextBatch):
-            rows = raw.rows
-        else:
-            rows = self.preparers[raw.member].images(manifest, raw, phase=phase, training=True)
-        terms, world = local_count(rows, phase), dist.world_size()
-        if isinstance(rows, TextRows):  # every rank has as many as its texts have
-            factor = world / dist.total(torch.full((), float(terms), device=self.device)).clamp_min(1.0)
-        else:
-            factor = torch.full((), 1.0 / terms, device=self.device)
-        self.engine.optimizer.active = active_parts(manifest.kind, phase)
-        weight = self.settings.rehearsal.weight if phase == "rehearsal" else 1.0
-        done = torch.zeros((), device=self.device)
-        for start, stop in micro_batches(rows.num_samples, self.micro):
-            part = rows.rows(start, stop)
-            patches = None if isinstance(part, TextRows) else visible_patches(self.shape, part, self.dtype)
-            target = self._teach(part, patches) if phase == "rehearsal" else None
-            # DeepSpeed averages over the ranks; the factor makes up for it
-            loss = self.engine(part, patches, target, factor)
-            done += loss.detach() / world
-            self.engine.update(loss * weight)
-        return done
-
-    @torch.no_grad()
-    def _teach(self, rows: Rows, patches_BKP: Tensor | None) -> Tensor:
-        """Return the teacher's features of the same visible patches, without DropPath."""
-        assert self.teacher is not None
-        return encode(self.teacher, replace(rows, keep=None), patches_BKP)
+        """Do one update on this rank's part of a global batch; return its part of the loss (device scalar)."""
+        return self.step(raw)
 
     def _make_teacher(self, encoder: Encoder) -> Encoder:
         teacher = Encoder(self.shape, attention=self.settings.training.attention)
@@ -236,7 +218,7 @@ class StageTraining:
         ready = TextsReady(
             preparers=self.preparers,
             kinds=[kept.manifest.kind for kept in self.sets],
-            phases=[_phase(member) for member in range(len(self.sets))],
+            phases=[phase_of(member) for member in range(len(self.sets))],
         )
         return stream(self.sets, plan, ready=ready, on_skip=self.bad.note, workers=workers, pin=on_gpu)
 
@@ -254,7 +236,9 @@ class StageTraining:
     ) -> bool:
         """Read the losses since the last time, write them, and tell whether any rank was asked to stop."""
         flags = torch.tensor([float(stop.raised), float(len(self.bad))], device=self.device)
-        *values, stopped, num_bad = dist.total(torch.cat([losses[: len(pending)], flags])).tolist()
+        left_out = self.engine.guard.skipped[None] / dist.world_size()  # the same on every rank
+        read = dist.total(torch.cat([losses[: len(pending)], flags, left_out])).tolist()
+        *values, stopped, num_bad, num_left_out = read
         for record, value in zip(pending, values, strict=True):
             record |= {"loss": value, "samples_per_s": round(pace, 2)}
         if log is not None:
@@ -269,7 +253,21 @@ class StageTraining:
         if num_bad > self.known_bad:
             self.known_bad = int(num_bad)
             self._tell_bad()
+        self._tell_left_out(round(num_left_out), pending)
         return bool(stopped > 0)
+
+    def _tell_left_out(self, number: int, pending: list[dict[str, Any]]) -> None:
+        """Say how many updates were left out so far, where there are more of them now.
+
+        Raises:
+            BadNumbers: all since the last reading were.
+        """
+        more, self.known_left_out = number - self.known_left_out, number
+        what = f"stage {self.stage.name}: {more} of the last {len(pending)} updates had a gradient that is not finite"
+        if more == len(pending):
+            raise BadNumbers(f"{what}; lower training.base_lr, or compute with --set training.precision=fp32")
+        if more and dist.is_main():
+            say(f"{what} and were left out")
 
     def _tell_bad(self) -> None:
         """Write the samples any rank has skipped, each once, with shard and key; collective.
@@ -306,10 +304,6 @@ class StageTraining:
             )
             remove_checkpoints(self.stage.directory / CHECKPOINTS)
         dist.barrier()
-
-
-def _phase(member: int) -> Phase:
-    return "pretext" if member == CURRENT else "rehearsal"
 
 
 def _requests(schedule: Schedule, step: int, rank: int, world_size: int) -> Iterator[Request]:

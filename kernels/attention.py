@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mnemos.kernels._common.attention_products import gradients, weighted_values
 from mnemos.kernels.packing import (
     Layout,
     Packing,
@@ -45,66 +46,36 @@ from mnemos.kernels.packing import (
 TABLE_PATH = Path(__file__).with_name("attention_table.json")
 MAX_TOKENS = 1 << 30  # in the table one step of head width outweighs any number of tokens
 HALF = (torch.bfloat16, torch.float16)
-CPU_VECTOR, CPU_TAIL = (
-    32,
-    4,
-)  # half-precision values in one of AVX-512; how many past the last torch is quick with
 
 
 # ---- reference: the definition, with its gradient written out. Any device, any floating dtype.
 class _Definition(torch.autograd.Function):
-    """softmax(q k^T / sqrt(W) + bias) v of [B, L, 3, H, W]; torch's softmax works in fp32 inside and rounds once.
-
-    The bias hides keys: None, or of a shape that expands to [N, L, L]. A packed batch comes with its layout.
-    """
+    """softmax(q k^T / sqrt(W) + bias) v of [B, L, 3, H, W]. A packed batch comes with its layout."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, *rows: Tensor) -> Tensor:
-        by_head = pad(qkv, Layout(*rows)) if rows else qkv.permute(2, 0, 3, 1, 4).contiguous()
+        by_head = pad(qkv, Layout(*rows)) if rows else qkv.permute(2, 0, 3, 1, 4)
         _, B, H, L, W = by_head.shape
-        q_NLW, k_NLW, v_NLW = by_head.view(3, B * H, L, W).unbind()
-        # alpha: the scale acts on the fp32 sum; on q it would be one more pass and one more rounding
-        added, beta = (q_NLW.new_zeros(()), 0) if bias is None else (bias, 1)
-        score_NLL = torch.baddbmm(added, q_NLW, k_NLW.mT, beta=beta, alpha=W**-0.5)
-        weight_NLL = score_NLL.softmax(-1, dtype=_forward_in(score_NLL)).to(qkv.dtype)
-        ctx.save_for_backward(by_head, weight_NLL, *rows)
-        out_BHLW = torch.bmm(weight_NLL, v_NLW).view(B, H, L, W)
+        out_BHLW = qkv.new_empty(B, H, L, W) if rows else qkv.new_empty(B, L, H, W).transpose(1, 2)
+        kept = weighted_values(out_BHLW, (by_head,), bias)
+        ctx.num_rows, ctx.shape = len(rows), by_head.shape
+        ctx.save_for_backward(*rows, *kept)
         return unpad_heads(out_BHLW, Layout(*rows)) if rows else out_BHLW.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_head, weight_NLL, *rows = ctx.saved_tensors
-        _, B, H, L, W = by_head.shape
-        q_NLW, k_NLW, v_NLW = by_head.view(3, B * H, L, W).unbind()
-        grad_BHLW = pad_heads(grad, Layout(*rows)) if rows else grad.transpose(1, 2)
-        grad_NLW = grad_BHLW.reshape(B * H, L, W)
-        inside = _backward_in(weight_NLL)
-        grad_weight_NLL = torch.bmm(grad_NLW, v_NLW.mT).to(inside)
-        # a hidden key has weight 0 and therefore score gradient 0: no bias is needed
-        grad_score_NLL = torch._softmax_backward_data(grad_weight_NLL, weight_NLL.to(inside), -1, inside)
-        grad_score_NLL, scale, zero = grad_score_NLL.to(grad.dtype), W**-0.5, grad.new_zeros(())
-        dq = torch.baddbmm(zero, grad_score_NLL, k_NLW, beta=0, alpha=scale)
-        dk = torch.baddbmm(zero, grad_score_NLL.mT, q_NLW, beta=0, alpha=scale)
-        dv = torch.bmm(weight_NLL.mT, grad_NLW)
+        saved = ctx.saved_tensors  # once: recomputed activations may be taken out only once
+        rows, kept = saved[: ctx.num_rows], saved[ctx.num_rows :]
         if rows:
-            grad_qkv = unpad(torch.stack((dq, dk, dv)).view(3, B, H, L, W), Layout(*rows))
-        else:  # stacked where each has its place: one copy
-            parts = [part.view(B, H, L, W).transpose(1, 2) for part in (dq, dk, dv)]
-            grad_qkv = torch.stack(parts, 2)
+            grad_3BHLW = grad.new_empty(ctx.shape)
+            gradients((grad_3BHLW,), pad_heads(grad, Layout(*rows)), kept)
+            grad_qkv = unpad(grad_3BHLW, Layout(*rows))
+        else:
+            _, B, H, L, W = ctx.shape
+            grad_qkv = grad.new_empty(B, L, 3, H, W)
+            gradients((grad_qkv.permute(2, 0, 3, 1, 4),), grad.transpose(1, 2), kept)
         return grad_qkv, *(None,) * (1 + len(rows))
-
-
-def _forward_in(rows: Tensor) -> torch.dtype:
-    """Return the dtype to call torch's softmax in: on a CPU its half-precision rows are slow but in whole vectors."""
-    short = rows.shape[-1] < CPU_VECTOR or rows.shape[-1] % CPU_VECTOR > CPU_TAIL
-    return torch.promote_types(rows.dtype, torch.float32) if short else rows.dtype
-
-
-def _backward_in(rows: Tensor) -> torch.dtype:
-    """Return the dtype to call the gradient of torch's softmax in: there only short rows are slow."""
-    short = rows.shape[-1] < CPU_VECTOR
-    return torch.promote_types(rows.dtype, torch.float32) if short else rows.dtype
 
 
 # ---- backends: qkv [B, L, 3, H, W] (packed: [1, T, 3, H, W]), packing or None, causal -> [B, L, H, W] ([1, T, H, W])
@@ -123,7 +94,7 @@ def _definition(qkv: Tensor, packing: Packing | None, causal: bool) -> Tensor:
 
 def _sdpa(qkv: Tensor, packing: Packing | None, causal: bool) -> Tensor:
     if packing is None:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # so qkv's gradient is contiguous
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
     rows = packing.layout(qkv.shape[1], qkv.shape[3])
     q, k, v = Pad.apply(qkv, *rows).unbind()

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from mnemos.kernels._common.launch import launch_counts
 from mnemos.kernels._common.loss_gradient import scale_gradient
+from mnemos.kernels.linear import product
 
 IGNORE = -100  # label of a row that is not scored, as in torch.nn.functional.cross_entropy
 CHUNK_LOGITS = 1 << 24  # logits held at once (64 MiB in fp32)
@@ -133,21 +134,27 @@ def _by_chunks(
     grad_bias = hidden.new_zeros(V if with_bias else 0, dtype=inside)
     loss = hidden.new_zeros((), dtype=inside)
     # Rows of logits begin at 16-byte bounds, for the products and for the kernel.
-    buffer = hidden.new_empty(min(rows, N), triton.cdiv(V, 16) * 16)
+    buffer = hidden.new_empty(0 if hidden.is_cpu else min(rows, N), triton.cdiv(V, 16) * 16)
     low_bias = bias.to(hidden.dtype)
     for start in range(0, N, rows):
         chunk = slice(start, start + rows)
         hidden_CD = hidden[chunk]
-        logits_CV = buffer[: hidden_CD.shape[0], :V]
-        torch.addmm(low_bias, hidden_CD, weight.t(), out=logits_CV)
+        if hidden.is_cpu:
+            logits_CV = product(hidden_CD, weight, low_bias)
+        else:
+            logits_CV = buffer[: hidden_CD.shape[0], :V]
+            torch.addmm(low_bias, hidden_CD, weight.t(), out=logits_CV)
         chunk_sum, grad_CV = chunk_loss(logits_CV, labels[chunk], factor, any(wanted))
         loss += chunk_sum
         if with_bias:  # the sum of the rows as a product: a CPU adds up bf16 columns slowly
             grad_bias += (grad_CV.new_ones(1, grad_CV.shape[0]) @ grad_CV)[0]
         if with_hidden:
-            torch.mm(grad_CV, weight, out=grad_hidden[chunk])
+            if hidden.is_cpu:
+                grad_hidden[chunk] = product(grad_CV, weight.t())
+            else:
+                torch.mm(grad_CV, weight, out=grad_hidden[chunk])
         if with_weight:
-            part_VD = grad_CV.t() @ hidden_CD
+            part_VD = product(grad_CV.t(), hidden_CD.t())
             grad_weight = grad_weight.add_(part_VD) if grad_weight.numel() else part_VD
     return loss, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 

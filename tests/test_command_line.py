@@ -320,8 +320,15 @@ runpy.run_path(script, run_name="__main__")
     call([sys.executable, "-c", stop_at_once, str(TRAIN)], *flags, cwd=tmp_path, expect=75)
     pointer = tmp_path / "run" / "stages" / f"01-{LAST}" / "checkpoints" / "current.json"
     assert json.loads(pointer.read_text())["step"] == 1
-    (error,) = errors(call(PYTHON, *flags, "--set", "parallel.zero=2", cwd=tmp_path, expect=2))
-    assert "{'zero': 1}" in error and "{'zero': 2}" in error and "as it was begun" in error
+    (error,) = errors(call(PYTHON, *flags, "--set", "parallel.zero=3", cwd=tmp_path, expect=2))
+    assert "{'zero': 0}" in error and "{'zero': 3}" in error and "as it was begun" in error
+    whole = pointer.read_text()
+    pointer.write_text(
+        json.dumps({key: value for key, value in json.loads(whole).items() if key != "layout"})
+    )
+    (error,) = errors(call(PYTHON, *flags, cwd=tmp_path, expect=2))
+    assert "another version of mnemos" in error and "remove" in error
+    pointer.write_text(whole)
     call(PYTHON, *flags, cwd=tmp_path)
     (entry,) = RunDirectory(tmp_path / "run").ledger()["stages"]
     assert entry["status"] == "complete" and entry["validation"]["loss"] > 0

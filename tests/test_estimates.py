@@ -10,6 +10,7 @@ from tiny_data import shape_of, tiny_settings
 
 from mnemos.engine.arguments import Arguments
 from mnemos.engine.curriculum import Plan, make_plan
+from mnemos.engine.deepspeed_config import deepspeed_config, zero_stage
 from mnemos.engine.encoder import Encoder
 from mnemos.engine.estimates import (
     Sizes,
@@ -73,7 +74,8 @@ def chosen(plan: Plan, stage: int, room: float, **more: Any) -> int:
     each = max(
         sample_bytes(sizes(member, shape, plan.settings), plan.settings, bf16=True) for member in members
     )
-    state = state_bytes(10**6, bf16=True, zero=1, world=more.get("world", 1))
+    world = more.get("world", 1)
+    state = state_bytes(10**6, bf16=True, zero=min(1, world - 1), world=world)
     free = int((state + room * each) / 0.7) + 1
     options = {"parameters": 10**6, "bf16": True, "world": 1, "free_bytes": free, **more}
     return choose_micro_batch(plan, plan.stages[stage], shape, **options)
@@ -119,7 +121,7 @@ def test_tokens_of_a_sample(plan: Plan) -> None:
 
 def test_zero_divides_the_state() -> None:
     found = [state_bytes(1000, bf16=True, zero=zero, world=4) for zero in (0, 1, 2, 3)]
-    assert found == [16000, 4000 + 3000, 2000 + 500 + 3000, 4000]
+    assert found == [18000, 4000 + 3000, 2000 + 500 + 3000, 4000]  # ZeRO 0: fp32 masters and their bf16 copy
     assert state_bytes(1000, bf16=False, zero=0, world=4) == 16000
 
 
@@ -130,3 +132,27 @@ def test_parameters_are_counted_once(tiny_sets: Path) -> None:
     parts = parameters_by_part(model)
     assert sum(parts.values()) == sum(parameter.numel() for parameter in model.parameters())
     assert parts["stem"] == 3 * 32 and parts["head.image"] == 33 * 192
+
+
+@pytest.mark.parametrize(
+    ("zero", "user", "world", "stage"),
+    [
+        (1, None, 1, 0),
+        (2, {"steps_per_print": 5}, 1, 0),
+        (3, None, 1, 3),
+        (1, None, 2, 1),
+        (0, None, 2, 0),
+        (1, {"zero_optimization": {"stage": 2}}, 1, 2),
+        (1, {"zero_optimization": {"overlap_comm": True}}, 1, 1),
+        (2, {"zero_optimization": {"stage": 0}}, 2, 0),
+    ],
+)
+def test_one_rank_divides_nothing_unless_it_is_told_to(
+    zero: int, user: dict[str, Any] | None, world: int, stage: int
+) -> None:
+    settings = resolve("sample", {"parallel.zero": zero, "training.batch": 8})
+    assert zero_stage(settings, user, world) == stage
+    config = deepspeed_config(settings, bf16=True, micro_batch=8 // world, accumulate=1, user=user)
+    assert config.get("zero_optimization", {"stage": 0}).get("stage") == stage
+    assert ("bf16" in config) == (stage > 0), "without ZeRO the model holds fp32 masters"
+    assert (config.get("communication_data_type") == "bf16") == (stage == 0), "and still sends bf16"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mnemos.kernels import packing as packing_module
+from mnemos.kernels._common import attention_products
 from mnemos.kernels.attention import BACKENDS, TABLE_PATH, attention, choose_backend, refusal
 from mnemos.kernels.packing import Packing
 
@@ -126,6 +127,32 @@ def test_packed_matches_a_loop(
     lengths: tuple[int, ...], H: int, W: int, dtype: torch.dtype, causal: bool, backend: str
 ) -> None:
     compare(*inputs(1, sum(lengths), H, W, dtype=dtype), lengths, causal, backend)
+
+
+@pytest.mark.parametrize("lengths", [None, (3, 1, 9, 2, 5)], ids=["dense", "packed"])
+@pytest.mark.parametrize("causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_a_loop_with_few_samples_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, causal: bool, lengths: Sequence[int] | None
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(attention_products, "SCORE_BYTES", 2 * 3 * 9 * 9 * dtype.itemsize)  # of two samples
+    shape = (1, 20, 3, 8) if lengths else (5, 9, 3, 8)
+    compare(*inputs(*shape, dtype=dtype), lengths, causal, "definition")
+
+
+@pytest.mark.parametrize("tokens", [3, 37, 50, 96, 197])
+def test_bfloat16_matches_a_loop_where_onednn_has_none(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(attention_products, "_onednn_has_bfloat16", lambda: False)
+    compare(*inputs(1, tokens, 2, 16, dtype=torch.bfloat16), None, False, "definition")
+
+
+@pytest.mark.parametrize("backend", ON_A_CPU)
+def test_the_gradient_of_a_projection_lies_as_it_does(backend: str) -> None:
+    qkv, upstream = inputs(2, 9, 2, 8, dtype=torch.float32)
+    qkv.requires_grad_()
+    (gradient,) = torch.autograd.grad(attention(qkv, backend=backend), qkv, upstream)
+    assert gradient.is_contiguous() and gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("lengths", [None, (3, 1, 2)], ids=["dense", "packed"])

@@ -81,7 +81,7 @@ def test_ids_are_unique_ascending_and_in_range() -> None:
     for op, case, name, num in (
         ("gather_patches", "base volume", "ids", 144),
         ("gather_tokens", "base decoder image", "ids", 197),
-        ("assemble_decoder_tokens", "base decoder image", "visible", 196),
+        ("place_tokens", "base decoder image", "visible", 196),
     ):
         ids = OPS[op].cases[case](CPU, 2, torch.float32)[name]
         assert (ids.diff(dim=1) > 0).all() and ids.min() >= 0 and ids.max() < num, op

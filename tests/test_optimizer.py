@@ -9,8 +9,15 @@ from tiny_data import tiny_settings
 from torch import Tensor
 
 from mnemos.engine.objectives import Pretrainer
-from mnemos.engine.optimizer import PartAdamW, active_parts, parameter_groups, part_of
+from mnemos.engine.optimizer import (
+    PartAdamW,
+    active_parts,
+    parameter_groups,
+    part_of,
+    rate_table,
+)
 from mnemos.engine.preparing import Phase
+from mnemos.engine.slots import learning_rate
 
 STEPS: list[tuple[str, Phase]] = [
     ("report", "pretext"),
@@ -148,3 +155,103 @@ def test_active_parts_move_as_adamw_moves_them(tiny_sets: Path) -> None:
             step()
     for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+def moved(before: dict[str, dict[str, Tensor]], after: dict[str, dict[str, Tensor]]) -> set[str]:
+    """Return the names of the parameters of which anything changed."""
+    return {
+        name
+        for name, state in before.items()
+        if not all(torch.equal(value, after[name][key]) for key, value in state.items())
+    }
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["all groups", "group by group, as ZeRO"])
+def test_nothing_moves_where_the_flag_is_set_and_all_does_after(tiny_sets: Path, one_by_one: bool) -> None:
+    bench = Bench(tiny_sets, "xray")
+    model = bench.model()
+    optimizer = PartAdamW(parameter_groups(model, TRAINING), TRAINING)
+    optimizer.found_inf = torch.zeros(())
+    optimizer.use_rates(rate_table(4, 1e-2, 0.0))
+    optimizer.active = active_parts("image", "pretext")
+    seen = []
+    for step, found in enumerate((0.0, 1.0, 1.0, 0.0)):
+        backward(bench, model, "pretext")
+        if found:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad[..., 0] = torch.nan
+        optimizer.found_inf.fill_(found)
+        optimizer.set_update(step)
+        before = snapshot(model, optimizer)
+        groups = optimizer.param_groups
+        for chosen in [[group] for group in groups] if one_by_one else [groups]:
+            optimizer.param_groups = chosen
+            optimizer.step()
+        optimizer.param_groups = groups
+        seen.append({part_of(name) for name in moved(before, snapshot(model, optimizer))})
+    assert seen == [optimizer.active, set(), set(), optimizer.active]
+    for name, state in snapshot(model, optimizer).items():
+        assert all(value.isfinite().all() for value in state.values()), name
+        assert state["step"] == (2 if part_of(name) in optimizer.active else 0), name
+
+
+def test_rates_from_the_table_are_those_set_one_by_one(tiny_sets: Path) -> None:
+    bench = Bench(tiny_sets, "xray")
+    rates_S = rate_table(3, 1e-2, 0.4)
+    models = [bench.model(), bench.model()]
+    by_table, by_number = (PartAdamW(parameter_groups(model, TRAINING), TRAINING) for model in models)
+    by_table.use_rates(rates_S)
+    for step in (2, 0, 1):
+        by_table.set_update(step)
+        by_number.set_rate(float(rates_S[step]))
+        for group in by_table.param_groups:
+            assert group["lr"].data_ptr() == rates_S[step].data_ptr(), "a view, not a copy"
+        for model, optimizer in zip(models, (by_table, by_number), strict=True):
+            optimizer.active = active_parts("image", "pretext")
+            backward(bench, model, "pretext")
+            optimizer.step()
+    for (name, mine), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_a_saved_state_holds_the_rate_as_a_number_and_loads(tiny_sets: Path) -> None:
+    model = Bench(tiny_sets, "report").model()
+    optimizer = PartAdamW(parameter_groups(model, TRAINING), TRAINING)
+    optimizer.use_rates(rate_table(1000, 1e-2, 0.1))
+    optimizer.set_update(500)
+    optimizer.step()
+    rate = optimizer.param_groups[0]["lr"]
+    state = optimizer.state_dict()
+    assert [type(group["lr"]) for group in state["param_groups"]] == [float] * len(optimizer.param_groups)
+    assert optimizer.param_groups[0]["lr"] is rate, "saving changes nothing"
+    fresh = PartAdamW(parameter_groups(model, TRAINING), TRAINING)
+    fresh.load_state_dict(state)
+    assert {group["lr"] for group in fresh.param_groups} == {float(rate)}
+    fresh.use_rates(rate_table(1000, 1e-2, 0.1))
+    fresh.set_update(500)
+    assert all(torch.equal(group["lr"], rate) for group in fresh.param_groups)
+
+
+@pytest.mark.parametrize("step", [-1, 3])
+def test_an_update_without_a_rate_is_refused(step: int) -> None:
+    optimizer = PartAdamW([{"params": [torch.nn.Parameter(torch.zeros(2))], "part": "blocks"}], TRAINING)
+    with pytest.raises(ValueError, match="the table has 0"):
+        optimizer.set_update(0)
+    optimizer.use_rates(rate_table(3, 1.0, 0.0))
+    with pytest.raises(ValueError, match="the table has 3"):
+        optimizer.set_update(step)
+    for wrong in (torch.zeros(3, dtype=torch.float64), torch.zeros(())):
+        with pytest.raises(ValueError, match="reads float32"):
+            optimizer.use_rates(wrong)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "warmup"), [(1, 0.0), (2, 0.999), (7, 0.0), (1000, 40 / 300), (30_001, 0.05)]
+)
+def test_the_table_is_the_learning_rate_rounded_once(num_steps: int, warmup: float) -> None:
+    table = rate_table(num_steps, 2.4e-3, warmup)
+    assert table.dtype == torch.float32 and table.shape == (num_steps,)
+    for step in range(num_steps):
+        rate = learning_rate(step, num_steps, 2.4e-3, warmup)
+        assert abs(float(table[step]) - rate) <= 2**-24 * rate, step

@@ -1,4 +1,4 @@
-"""Run by step.py in each of two trees: make the stages ready once, then time windows of updates when asked.
+"""Run by step_against.py in each of two trees: make the stages ready once, then time windows of updates when asked.
 
 The only argument is the descriptor of a socket. Lines of JSON come and go through it: first the request, answered with
 what there is to time, then one window after the other. Uses only what any revision with `StageTraining` has.
