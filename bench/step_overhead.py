@@ -1,9 +1,9 @@
 """What DeepSpeed costs: the engine's update against the same update in a plain loop.
 
 The plain loop has the same model, losses and fused AdamW over the same groups, one tensor a parameter, and in bf16 the
-same fp32 master weights; it has no DeepSpeed, no packed parameters and no guard of the gradients. What is left between
+same fp32 master weights, and the same guard of the gradients; it has no DeepSpeed and no flat parameters. What is left between
 the two is DeepSpeed's own Python, its hooks on every parameter, its copies of gradients and weights, and what the engine
-adds around them, less what packing saves.
+adds around them, less what flat parameters save.
 
 Measured under ZeRO-1 as a user's configuration asks for it, and under the stage the engine takes by itself on one rank;
 at full size, where copies of all gradients and weights count, and at a width of next to nothing with the same number of
@@ -21,6 +21,7 @@ from mnemos.bench.step_inputs import LEARNING_RATE, Data, make_training, raw_bat
 from mnemos.bench.step_rates import quartiles
 from mnemos.bench.step_sides import Side, training_side
 from mnemos.bench.step_timing import measure, warm_up
+from mnemos.engine.gradient_guard import GradientGuard
 from mnemos.engine.optimizer import PartAdamW, parameter_groups
 from mnemos.engine.settings import Settings
 from mnemos.engine.stage_model import make_model
@@ -51,6 +52,8 @@ class PlainEngine:
         if bf16:
             self.model.to(torch.bfloat16)
         self.optimizer = PartAdamW(groups, settings.training)
+        self.guard = GradientGuard(self.master, device)
+        self.optimizer.found_inf = self.guard.found_inf
 
     def __call__(self, *inputs: Any) -> Tensor:
         """Run the model's forward."""
@@ -60,6 +63,7 @@ class PlainEngine:
     def update(self, loss: Tensor) -> None:
         """Backward one update's loss and step the parts that have gradients."""
         loss.backward()
+        self.guard.close_update()
         trained = [one for one in self.master if one.grad is not None]
         if self.bf16:
             masters = [self.master[one] for one in trained]

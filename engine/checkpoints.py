@@ -16,7 +16,6 @@ from mnemos.engine.run_directory import write_atomically
 from mnemos.sharding.errors import UserError
 
 _POINTER = "current.json"
-_LAYOUT = 2  # how parameters lie in DeepSpeed's files; 2: flat, by unit
 
 
 def save_checkpoint(folder: Path, engine: Engine, step: int, taken: dict[str, int]) -> None:
@@ -41,7 +40,7 @@ def save_checkpoint(folder: Path, engine: Engine, step: int, taken: dict[str, in
             "world_size": dist.world_size(),
             "zero": engine.stage,
             "bf16": engine.bf16,
-            "layout": _LAYOUT,
+            "layout": engine.layout,
             "taken": taken,
         }
         write_atomically(folder / _POINTER, json.dumps(pointer) + "\n")
@@ -68,12 +67,17 @@ def restore_checkpoint(folder: Path, engine: Engine, taken: Callable[[int], dict
     pointer: dict[str, Any] | None = dist.on_main(lambda: _read_pointer(folder))
     if pointer is None:
         return 0
-    if pointer.get("layout") != _LAYOUT:
+    if "layout" not in pointer:
         raise UserError(
             f"the checkpoint {folder / pointer['name']} was written by another version of mnemos, whose parameters lie "
             f"otherwise; finish the stage with that version, or remove {folder} to begin the stage again"
         )
-    now = {"world_size": dist.world_size(), "zero": engine.stage, "bf16": engine.bf16}
+    now = {
+        "world_size": dist.world_size(),
+        "zero": engine.stage,
+        "bf16": engine.bf16,
+        "layout": engine.layout,
+    }
     other = {key: pointer[key] for key in now if pointer[key] != now[key]}
     if other:
         raise UserError(

@@ -65,7 +65,12 @@ class Engine:
             for block in model.modules():
                 if isinstance(block, Block | DecoderBlock):
                     block.forward = torch.compile(block.forward)  # type: ignore[method-assign, assignment]
-        flatten_parameters(model.to(dist.device()), _UNITS, part_of, compute=compute)
+        model.to(dist.device())
+        # What goes by tensors costs little on one CPU; without flat gradients, there, no gradient is copied.
+        alone = self.stage == 0 and dist.world_size() == 1 and dist.device().type == "cpu"
+        self.layout = "plain" if alone and not bf16 else "flat"
+        if self.layout == "flat":
+            flatten_parameters(model, _UNITS, part_of, compute=compute)
         if self.stage == 3:  # their children have no parameters of their own: one fetch each
             set_z3_leaf_modules(model, [Block, DecoderBlock, WordHead])
         self.guard = GradientGuard(model.parameters(), dist.device())

@@ -36,22 +36,22 @@ def answer(tiny_sets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     done = subprocess.run([*command, *flags], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
-    for device, visible in (("gpu", "0"), ("cpu", "")):
+    for name, visible, graphs in (("gpu", "0", "never"), ("graphs", "0", "always"), ("cpu", "", "never")):
         request = {
             "run": str(folder / "run"),
             "data": str(tiny_sets),
             "stage": DEFAULT_ORDER[-1],
-            "assignments": assignments,
-            "answer": str(folder / f"{device}.json"),
+            "assignments": [*assignments, f"training.graphs={graphs}"],
+            "answer": str(folder / f"{name}.json"),
         }
-        file = folder / f"{device}-request.json"
+        file = folder / f"{name}-request.json"
         file.write_text(json.dumps(request), encoding="utf-8")
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
         done = subprocess.run(
             [sys.executable, WORKER, file], env=environment, check=False, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        found[device] = json.loads(Path(request["answer"]).read_text(encoding="utf-8"))
+        found[name] = json.loads(Path(request["answer"]).read_text(encoding="utf-8"))
     return found
 
 
@@ -71,7 +71,8 @@ def test_a_gpu_runs_every_kernel_and_a_cpu_none(answer: dict[str, Any]) -> None:
     assert answer["cpu"]["launches"] == {}
 
 
-def test_the_losses_are_those_of_a_cpu(answer: dict[str, Any]) -> None:
-    assert len(answer["cpu"]["losses"]) == len(answer["gpu"]["losses"]) >= 10
-    for ours, theirs in zip(answer["gpu"]["losses"], answer["cpu"]["losses"], strict=True):
+@pytest.mark.parametrize("how", ["gpu", "graphs"])
+def test_the_losses_are_those_of_a_cpu(answer: dict[str, Any], how: str) -> None:
+    assert len(answer["cpu"]["losses"]) == len(answer[how]["losses"]) >= 10
+    for ours, theirs in zip(answer[how]["losses"], answer["cpu"]["losses"], strict=True):
         assert abs(ours - theirs) <= 2e-3 * abs(theirs)  # one grey level of a crop may differ

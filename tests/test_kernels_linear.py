@@ -44,10 +44,21 @@ def test_value_and_gradients_are_those_of_fp64(
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=3e-5)
 
 
-def test_gradients_that_nobody_asks_for_are_not_made(through_onednn: bool) -> None:
+def test_gradients_that_nobody_asks_for_are_not_made(
+    through_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, weight, bias = case((3,), 4, 5, torch.float32)
+    made: list[torch.Size] = []
+
+    def counted(*inputs: Tensor) -> Tensor:
+        out = product(*inputs)
+        made.append(out.shape)
+        return out
+
+    monkeypatch.setattr(module, "product", counted)
     linear(x, weight.requires_grad_(), bias).sum().backward()
     assert x.grad is None and bias.grad is None and weight.grad is not None
+    assert made == ([(3, 5), (5, 4)] if through_onednn else [])
     assert not linear(x, weight.detach(), bias).requires_grad
 
 

@@ -24,7 +24,9 @@ BOUND = 1e-5
 STEPS = 20
 LAST = DEFAULT_ORDER[-1]
 ASSIGNMENTS = [text for text in TINY if not text.startswith("training.steps")] + ["training.steps=12"]
+DIVIDED = ("zero 1", "zero 2")  # one rank has nothing to divide, and takes ZeRO 0 for these
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+GRAPHS = {"graphs by a stand-in": True}
 ZERO = {f"zero {stage}": {"parallel.zero": stage} for stage in (0, 1, 2, 3)}
 
 
@@ -77,6 +79,8 @@ def one_rank(run: Path, tiny_sets: Path) -> dict[str, Any]:
         "micro-batches": {"parallel.zero": 2, "training.micro_batch": 4},
         "micro-batches under zero 3": {"parallel.zero": 3, "training.micro_batch": 4},
         "recomputed": {"training.recompute": True},
+        "graphs": GRAPHS,
+        "graphs in bf16": {"training.precision": "bf16", **GRAPHS},
         **{f"bf16 {name}": {**zero, "training.precision": "bf16"} for name, zero in ZERO.items()},
     }
     return train(run, tiny_sets, variants, ranks=1, watched=[5, 6, 7, 8, 9, 10, 11])
@@ -84,7 +88,12 @@ def one_rank(run: Path, tiny_sets: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks(run: Path, tiny_sets: Path) -> dict[str, Any]:
-    return train(run, tiny_sets, ZERO, ranks=2, watched=[5, 6, 7, 8, 9, 10, 11])
+    variants = {
+        **ZERO,
+        **{f"bf16 {name}": {**ZERO[name], "training.precision": "bf16"} for name in DIVIDED},
+        **{f"graphs, {name}": {**ZERO[name], **GRAPHS} for name in DIVIDED},
+    }
+    return train(run, tiny_sets, variants, ranks=2, watched=[5, 6, 7, 8, 9, 10, 11])
 
 
 def worst(answer: dict[str, Any], reference: dict[str, Any]) -> float:
@@ -128,6 +137,24 @@ def test_idle_parts_keep_values_and_moments(one_rank: dict[str, Any], name: str)
     assert one_rank[name]["moved"] == []
 
 
-@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize(
+    ("ranks", "name", "without"),
+    [
+        (1, "graphs", "zero 0"),
+        (1, "graphs in bf16", "bf16 zero 0"),
+        *((2, f"graphs, {name}", name) for name in DIVIDED),
+    ],
+)
+def test_graphs_change_no_bit(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any], ranks: int, name: str, without: str
+) -> None:
+    answer = {1: one_rank, 2: two_ranks}[ranks]
+    assert answer[name]["losses"] == answer[without]["losses"]
+    replays = [int(told.split()[-1]) for told in answer[name]["replays"]]
+    assert len(replays) == len(DEFAULT_ORDER) - 1 and max(replays) >= 2, "texts have no graph"
+    assert answer[without]["replays"] == []
+
+
+@pytest.mark.parametrize("name", [*ZERO, *(f"bf16 {name}" for name in DIVIDED)])
 def test_idle_parts_keep_values_and_moments_on_two_ranks(two_ranks: dict[str, Any], name: str) -> None:
     assert two_ranks[name]["moved"] == []

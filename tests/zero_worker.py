@@ -7,21 +7,25 @@ update ("losses", exact hex), what was trained ("phases"), and every parameter o
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from fake_recorder import FakeRecorder
 
-from mnemos.engine import dist
+from mnemos.engine import dist, training_step
 from mnemos.engine.arguments import Arguments
 from mnemos.engine.curriculum import Plan, make_plan
 from mnemos.engine.optimizer import active_parts, part_of
-from mnemos.engine.settings import as_flat, parse_assignment, resolve
+from mnemos.engine.settings import Settings, as_flat, parse_assignment, resolve
 from mnemos.engine.slots import CURRENT
 from mnemos.engine.stage_training import StageTraining
 
 Weights = dict[str, torch.Tensor]
+STAND_IN = "graphs by a stand-in"  # variant: CUDA graphs, made by something that needs no GPU
 
 
 def main() -> None:
@@ -57,7 +61,17 @@ def plan_of(request: dict[str, Any]) -> Plan:
 
 
 def train(plan: Plan, overrides: dict[str, Any], steps: int, watched: set[int]) -> dict[str, list[str]]:
+    overrides = dict(overrides)
+    stand_in = overrides.pop(STAND_IN, False)
     settings = resolve("sample", {**as_flat(plan.settings), **overrides})
+    with ExitStack() as stack:
+        if stand_in:  # graphs without CUDA
+            stack.enter_context(mock.patch.object(training_step, "CudaRecorder", lambda _: FakeRecorder()))
+            stack.enter_context(mock.patch.object(training_step, "refusal", lambda **_: None))
+        return updates(plan, settings, steps, watched)
+
+
+def updates(plan: Plan, settings: Settings, steps: int, watched: set[int]) -> dict[str, list[str]]:
     training = StageTraining(replace(plan, settings=settings), plan.stages[-1])
     training.engine.optimizer.set_rate(1e-3)
     answer: dict[str, list[str]] = {"losses": [], "phases": [], "moved": []}
@@ -77,6 +91,8 @@ def train(plan: Plan, overrides: dict[str, Any], steps: int, watched: set[int]) 
                 f"update {number}: {name}" for name in idle if not torch.equal(before[name], after[name])
             ]
             assert idle and not all(torch.equal(before[name], after[name]) for name in before)
+    answer["replays"] = [f"{graph.name} {graph.replays}" for graph in training.step.graphs.values()]
+    training.step.release()
     training.engine.release()
     return answer
 
