@@ -225,6 +225,10 @@ listing=""
 for name in ${only//,/ }; do
     [[ " ${known[*]} " == *" $name "* ]] || refuse "--only $name: there is no such step; there are ${known[*]}"
 done
+has_all='from importlib.util import find_spec as f; import sys; sys.exit(not (f("torch") and f("mnemos")))'
+if [[ -z $dry && -z $wheels ]] && ! "$python" -c "$has_all"; then
+    refuse "$python: has no torch or no mnemos; call this in the project's environment, set PYTHON, or name a folder of wheels"
+fi
 if [[ -z $dry ]]; then
     trap 'rm -rf "$work"' EXIT
     trap 'stop 130' INT

@@ -3,18 +3,16 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
+from mnemos.bench.worker_process import WorkerProcess
 from mnemos.engine.arguments import parse
 from mnemos.engine.curriculum import make_plan
 from mnemos.sharding.errors import UserError
@@ -29,7 +27,7 @@ MODELLED = (1, 2)  # ZeRO stages
 WORDS = [f"word{number}" for number in range(200)]
 
 
-class Process:
+class Process(WorkerProcess):
     """One rank.
 
     Args:
@@ -44,8 +42,6 @@ class Process:
     def __init__(
         self, name: str, folder: Path, *, ranks: int, rank: int, port: int, flags: Sequence[str]
     ) -> None:
-        self.name, self.log = name, folder / f"{name}.log"
-        ours, theirs = socket.socketpair()
         environment = {
             **os.environ,
             "RANK": str(rank if ranks > 1 else 0),
@@ -56,53 +52,8 @@ class Process:
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
-        with theirs, self.log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(WORKER), str(theirs.fileno())],
-                env=environment,
-                cwd=folder,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is ours to act on
-            )
-        self.lines = ours.makefile("rw")
-        ours.close()  # the file keeps it open
+        super().__init__(name, WORKER, folder / f"{name}.log", environment)
         self.send({"flags": [*flags, "--run", str(folder / f"run-{name}")]})
-
-    def send(self, what: object) -> None:
-        """Ask without waiting.
-
-        Raises:
-            UserError: the process ended.
-        """
-        try:
-            print(json.dumps(what), file=self.lines, flush=True)
-        except OSError:
-            self._ended()
-
-    def answer(self) -> Any:
-        """Wait for the answer.
-
-        Raises:
-            UserError: the process ended.
-        """
-        line = self.lines.readline()
-        return json.loads(line) if line else self._ended()
-
-    def _ended(self) -> Any:
-        said = [line for line in self.log.read_text(encoding="utf-8").splitlines() if line.strip()]
-        raise UserError(f"{self.name}: its process ended: {said[-1] if said else 'it said nothing'}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def ask(processes: Sequence[Process], question: str, number: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ an update and their ratio, medians over the rounds. Exits 1 when the sum over al
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,12 +20,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
 from mnemos.bench.runs import machine
+from mnemos.bench.worker_process import WorkerProcess, last_line
 from mnemos.engine import dist
 from mnemos.engine.plain_table import format_table
 from mnemos.sharding.command import Parser, run_command
@@ -46,7 +45,7 @@ def stages() -> list[str]:
     return [*chosen, next(name for name in reversed(DEFAULT_ORDER) if name not in chosen)]
 
 
-class Side:
+class Side(WorkerProcess):
     """One tree's worker process.
 
     Args:
@@ -56,22 +55,7 @@ class Side:
     """
 
     def __init__(self, title: str, tree: Path, log: Path) -> None:
-        self.title, self.log = title, log
-        ours, theirs = socket.socketpair()
-        worker = Path(__file__).with_name("step_against_worker.py")
-        with theirs, log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(worker), str(theirs.fileno())],
-                env=environment(tree),
-                cwd=log.parent,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is ours to act on
-            )
-        self.lines = ours.makefile("rw")
-        ours.close()  # the file keeps it open
+        super().__init__(title, Path(__file__).with_name("step_against_worker.py"), log, environment(tree))
 
     def ask(self, what: object) -> Any:
         """Send one line, return the answer.
@@ -79,14 +63,8 @@ class Side:
         Raises:
             UserError: the worker ended, or its tree lacks what is measured.
         """
-        try:
-            print(json.dumps(what), file=self.lines, flush=True)
-            line = self.lines.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise UserError(f"{self.title}: its process ended: {last_line(self.log)}")
-        answer = json.loads(line)
+        self.send(what)
+        answer = self.answer()
         if isinstance(answer, dict) and "failed" in answer:
             raise UserError(
                 f"{self.title} cannot be measured ({answer['failed']}); name a revision whose StageTraining can be "
@@ -94,24 +72,10 @@ class Side:
             )
         return answer
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-
 
 def environment(tree: Path) -> dict[str, str]:
     """Return the environment in which `mnemos` is that of a tree."""
     return {**os.environ, "PYTHONPATH": str(tree / "typings")}
-
-
-def last_line(log: Path) -> str:
-    """Return the last line of a file that says something."""
-    return next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "it said nothing")
 
 
 def git(*arguments: str) -> str:

@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, wraps
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from mnemos.bench.step_inputs import OneSet
 from mnemos.bench.step_profile_roles import RANGE, STEPS
 from mnemos.bench.step_profile_work import Load, load_of
 from mnemos.engine import dist, weights
@@ -27,7 +27,7 @@ from mnemos.engine.optimizer import active_parts, part_of
 from mnemos.engine.parallel import computes_in_bf16
 from mnemos.engine.preparing import TextBatch
 from mnemos.engine.rehearsal.embedding_batches import Batches, PackTexts, features
-from mnemos.engine.slots import CURRENT, Slot
+from mnemos.engine.slots import CURRENT
 from mnemos.engine.stage_model import encoder_shape
 from mnemos.engine.stage_training import StageTraining
 from mnemos.sharding.errors import UserError
@@ -47,23 +47,6 @@ class LonePlan(Plan):
     def rehearsed(self, stage: Stage) -> tuple[Stage, ...]:
         """Return the stage itself, where one is to be rehearsed."""
         return (stage,) if self.rehearses else ()
-
-
-@dataclass(frozen=True)
-class OneSet:
-    """The first slots of one set in a schedule, in the schedule's place."""
-
-    schedule: Any
-    member: int
-    steps: int
-
-    @property
-    def batch(self) -> int:
-        return int(self.schedule.batch)
-
-    def slots(self, step: int) -> Iterator[Slot]:
-        """Yield the slots from update `step` of the schedule on."""
-        return islice((slot for slot in self.schedule.slots(step) if slot.member == self.member), self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

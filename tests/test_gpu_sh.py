@@ -199,3 +199,15 @@ def test_every_step_starts_on_a_cpu(tmp_path: Path) -> None:
     assert {"gemm", "kmeans", "ops", "loader", "scaling", "step"} <= {
         json.loads(line).get("bench") for line in lines
     }
+
+
+def test_an_environment_without_the_project_is_refused(stub: dict[str, str], tmp_path: Path) -> None:
+    bare = tmp_path / "programs" / "bare"
+    bare.write_text("#!/usr/bin/env bash\nexit 1\n", encoding="utf-8")
+    bare.chmod(0o755)
+    done = run({**stub, "PYTHON": str(bare)}, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "no torch or no mnemos" in done.stderr
+    assert not (tmp_path / "out").exists(), "nothing was begun"
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    assert "no torch" not in run({**stub, "PYTHON": str(bare)}, "--out", tmp_path / "out", wheels).stderr
