@@ -277,8 +277,7 @@ def _(grad_x_new, grad_normed, x_new, branch, scale, keep, weight, mean, rstd):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, branch, scale, keep, weight, _, _ = inputs
-    x_new, _, mean, rstd = output
+    (_, branch, scale, keep, weight, _, _), (x_new, _, mean, rstd) = inputs, output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_new, None if scale is None else branch, scale, keep, weight, mean, rstd)
 

@@ -235,7 +235,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return train(tmp_path_factory.mktemp("together"), list(VARIANTS), ranks=2)
 
 
-def check(by_rank: dict[str, Any], name: str) -> None:
+def check(by_rank: dict[str, Any], name: str) -> int:
+    """Hold what every rank saw against the plan of updates; return how many ranks there were."""
     zero, precision = VARIANTS[name]
     in_bf16 = precision == "cast" or (
         precision == "bf16" and zero > 0
@@ -251,16 +252,17 @@ def check(by_rank: dict[str, Any], name: str) -> None:
         assert seen["stayed"] == [True] * int(sum(spoilt)), f"rank {rank}: a spoilt update changed something"
         assert all(seen["moved"]), f"rank {rank}: an update did nothing"
         assert all(seen["as without"]), f"rank {rank}: a spoilt update changed a later one"
+    return len(by_rank)
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_spoilt_update_is_as_if_it_had_not_been(alone: dict[str, Any], name: str) -> None:
-    check(alone[name], name)
+    assert check(alone[name], name) == 1
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_gradient_spoilt_on_one_rank_is_left_out_on_both(together: dict[str, Any], name: str) -> None:
-    check(together[name], name)
+    assert check(together[name], name) == 2
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -93,8 +93,8 @@ def with_gradient(function: Callable[..., Tensor], qkv: Tensor, upstream: Tensor
     return out.detach(), leaf.grad
 
 
-def compare(qkv: Tensor, upstream: Tensor, lengths: Sequence[int] | None, causal: bool, backend: str) -> None:
-    """Hold a backend's output and gradient to the rule of compare.py."""
+def compare(qkv: Tensor, upstream: Tensor, lengths: Sequence[int] | None, causal: bool, backend: str) -> bool:
+    """Hold a backend's output and gradient to the rule of compare.py; return whether both were finite."""
     packing = Packing.from_lengths(lengths, qkv.device) if lengths else None
 
     def ours(qkv: Tensor) -> Tensor:
@@ -103,10 +103,10 @@ def compare(qkv: Tensor, upstream: Tensor, lengths: Sequence[int] | None, causal
     chosen = choose_backend(qkv, packing, causal) if backend == "auto" else backend
     exact = with_gradient(lambda x: oracle(x, lengths, causal), qkv.double().cpu(), upstream.cpu())
     plain = with_gradient(lambda x: eager(x, lengths, causal, chosen), qkv, upstream)
-    for name, got, eager_, true in zip(
-        ("out", "gradient"), with_gradient(ours, qkv, upstream), plain, exact, strict=True
-    ):
+    found = with_gradient(ours, qkv, upstream)
+    for name, got, eager_, true in zip(("out", "gradient"), found, plain, exact, strict=True):
         assert_as_accurate_as_eager(f"{backend} {name}", got.cpu(), eager_.cpu(), true)
+    return all(bool(value.isfinite().all()) for value in found)
 
 
 @pytest.mark.parametrize("backend", [*ON_A_CPU, "auto"])
@@ -116,7 +116,7 @@ def compare(qkv: Tensor, upstream: Tensor, lengths: Sequence[int] | None, causal
 def test_dense_matches_a_loop(
     B: int, L: int, H: int, W: int, dtype: torch.dtype, causal: bool, backend: str
 ) -> None:
-    compare(*inputs(B, L, H, W, dtype=dtype), None, causal, backend)
+    assert compare(*inputs(B, L, H, W, dtype=dtype), None, causal, backend)
 
 
 @pytest.mark.parametrize("backend", [*ON_A_CPU, "auto"])
@@ -126,7 +126,7 @@ def test_dense_matches_a_loop(
 def test_packed_matches_a_loop(
     lengths: tuple[int, ...], H: int, W: int, dtype: torch.dtype, causal: bool, backend: str
 ) -> None:
-    compare(*inputs(1, sum(lengths), H, W, dtype=dtype), lengths, causal, backend)
+    assert compare(*inputs(1, sum(lengths), H, W, dtype=dtype), lengths, causal, backend)
 
 
 @pytest.mark.parametrize("lengths", [None, (3, 1, 9, 2, 5)], ids=["dense", "packed"])
@@ -138,13 +138,13 @@ def test_matches_a_loop_with_few_samples_at_a_time(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(attention_products, "SCORE_BYTES", 2 * 3 * 9 * 9 * dtype.itemsize)  # of two samples
     shape = (1, 20, 3, 8) if lengths else (5, 9, 3, 8)
-    compare(*inputs(*shape, dtype=dtype), lengths, causal, "definition")
+    assert compare(*inputs(*shape, dtype=dtype), lengths, causal, "definition")
 
 
 @pytest.mark.parametrize("tokens", [3, 37, 50, 96, 197])
 def test_bfloat16_matches_a_loop_where_onednn_has_none(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(attention_products, "_onednn_has_bfloat16", lambda: False)
-    compare(*inputs(1, tokens, 2, 16, dtype=torch.bfloat16), None, False, "definition")
+    assert compare(*inputs(1, tokens, 2, 16, dtype=torch.bfloat16), None, False, "definition")
 
 
 @pytest.mark.parametrize("backend", ON_A_CPU)

@@ -62,20 +62,21 @@ def with_gradient(
     return out.detach(), *torch.autograd.grad(out, (q, kv), upstream.to(out.dtype))
 
 
-def compare(q: Tensor, kv: Tensor, upstream: Tensor, backend: str) -> None:
-    """Hold a backend's output and gradients to the rule of compare.py."""
+def compare(q: Tensor, kv: Tensor, upstream: Tensor, backend: str) -> bool:
+    """Hold a backend's output and gradients to the rule of compare.py; return whether all were finite."""
     got = with_gradient(lambda q, kv: cross_attention(q, kv, backend=backend), q, kv, upstream)
     plain = with_gradient(lambda q, kv: eager(q, kv, backend), q, kv, upstream)
     exact = with_gradient(oracle, q.double(), kv.double(), upstream)
     for name, *values in zip(("out", "queries", "keys and values"), got, plain, exact, strict=True):
         assert_as_accurate_as_eager(f"{backend} {name}", *values)
+    return all(bool(value.isfinite().all()) for value in got)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "M", "L", "H", "W"), SHAPES)
 def test_matches_a_loop(B: int, M: int, L: int, H: int, W: int, dtype: torch.dtype, backend: str) -> None:
-    compare(*inputs(B, M, L, H, W, dtype), backend)
+    assert compare(*inputs(B, M, L, H, W, dtype), backend)
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 5, 9])
